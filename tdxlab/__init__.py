@@ -1,3 +1,3 @@
-"""tdxlab: how confidential virtual machines (Intel TDX under Linux KVM) manage memory, as a model to play with."""
+"""tdxlab: how confidential VMs (Intel TDX, Linux KVM) manage memory, as a model to play with."""
 
 __version__ = "0.1.0"

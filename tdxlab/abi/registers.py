@@ -1,10 +1,11 @@
 """The general registers that a SEAMCALL or a TDCALL reads and writes.
 
-RAX is not among them: it carries the leaf number in and the completion status out, and the model passes
-both as plain ints. RSP is not there either: no leaf takes it, and TDG.VP.VMCALL refuses to pass it.
+RAX is not among them: it carries the leaf number in and the completion status out, and the model
+passes both as plain ints. RSP is not there either: no leaf takes it, and TDG.VP.VMCALL refuses it.
 
-Source: Linux 6.16, arch/x86/include/asm/shared/tdx.h, struct tdx_module_args; TDX module 1.5.01, tdg_vp_vmcall.c.
-Differs: Linux's structure has no RBP; a guest may pass it to the host with TDG.VP.VMCALL, so it is here.
+Source: Linux 6.16, arch/x86/include/asm/shared/tdx.h, struct tdx_module_args; TDX module 1.5.01,
+tdg_vp_vmcall.c.
+Differs: Linux's structure has no RBP; TDG.VP.VMCALL can pass it to the host, so it is here.
 """
 
 from __future__ import annotations
@@ -22,14 +23,12 @@ REGISTER_NAMES = (
 
 
 class Registers:
-    """One set of register values, used for input and output alike; every value is an int, 0..2**64 - 1.
+    """One set of register values, for input and output alike; every value an int, 0..2**64 - 1.
 
     Values are stored as given: whoever computes one masks it with MASK64.
     """
 
-    __slots__ = (
-        "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rbp", "rbx", "rcx", "rdi", "rdx", "rsi",
-    )  # fmt: skip
+    __slots__ = REGISTER_NAMES
 
     def __init__(
         self,
