@@ -292,6 +292,8 @@ OPERAND_ID_WBCACHE = 188
 # ---- Exit reasons in the low half after TDH.VP.ENTER --------------------------------------------
 # Source: Intel SDM volume 3, appendix on VMX basic exit reasons.
 
+#: The basic reason; the bits above it qualify it.
+EXIT_REASON_MASK = 0xFFFF
 EXIT_REASON_NAMES: dict[int, str] = {
     0: "exception or NMI",
     1: "external interrupt",
@@ -350,6 +352,9 @@ _TD_EXITS = frozenset(
         TDX_NON_RECOVERABLE_TD_NON_ACCESSIBLE,
         TDX_NON_RECOVERABLE_TD_WRONG_APIC_MODE,
         TDX_NON_RECOVERABLE_TD_CORRUPTED_MD,
+        TDX_CROSS_TD_FAULT,
+        TDX_CROSS_TD_TRAP,
+        TDX_HOST_PRIORITY_BUSY_TIMEOUT,
     }
 )
 #: Codes whose details are packed bytes -> what each byte counts, lowest first.
@@ -534,7 +539,8 @@ def _details_text(status: int) -> str | None:
         names, numbers = _WITH_BYTES[code], details.to_bytes(4, "little")
         return ", ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=False))
     if code in _TD_EXITS and status != TDX_SUCCESS:
-        return f"exit reason {details}, {EXIT_REASON_NAMES.get(details, 'see the SDM')}"
+        reason = details & EXIT_REASON_MASK
+        return f"exit reason {reason}, {EXIT_REASON_NAMES.get(reason, 'see the SDM')}"
     return f"{details:#x}" if details else None
 
 
@@ -547,7 +553,7 @@ def describe(status: int) -> str:
     code = _code(status)
     if code not in STATUS_NAMES:
         return status_name(status)
-    meaning = MEANINGS.get(code, f"about {CLASS_MEANINGS[Status(code).class_]}; not modelled")
+    meaning = MEANINGS.get(code) or f"about {CLASS_MEANINGS[Status(code).class_]}; not modelled"
     if code == TDX_SUCCESS and status != TDX_SUCCESS:
         meaning = "the vCPU has left the guest"
     details = _details_text(status)
