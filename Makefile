@@ -1,0 +1,102 @@
+# tdxlab: one command for each habit. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+.DEFAULT_GOAL := help
+.SUFFIXES:
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+PIP_COMPILE_FLAGS := --quiet --generate-hashes --all-extras --allow-unsafe --strip-extras --no-header \
+	--no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options
+
+NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=60
+
+define NO_VENV
+make: $(PYTHON) cannot make virtual environments: its venv module (with ensurepip) is missing.
+  Debian, Ubuntu: apt-get install python3-venv      Fedora: dnf install python3-pip
+  or name another interpreter: make PYTHON=/path/to/python3
+endef
+export NO_VENV
+
+define OLD_PYTHON
+make: tdxlab needs Python 3.11 or newer, and $(PYTHON) is older or missing.
+  Name another interpreter: make PYTHON=/path/to/python3.11
+endef
+export OLD_PYTHON
+
+.PHONY: help
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$OLD_PYTHON" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$$NO_VENV" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PHONY: install
+install: $(READY)  ## make .venv from the lock file
+
+.PHONY: lab
+lab: $(READY)  ## copy the notebooks to ./tdxlab-notebooks and open them in JupyterLab
+	@$(BIN)/tdxlab lab
+
+.PHONY: test
+test: $(READY)  ## every test: replay of the recorded traces, then pytest over tests and notebooks
+	@$(MAKE) --no-print-directory --keep-going test-conformance test-pytest
+
+.PHONY: test-pytest
+test-pytest: $(READY)  ## pytest over tests and notebooks, in one run
+	$(BIN)/python -m pytest $(NBVAL) tests notebooks
+
+.PHONY: test-unit
+test-unit: $(READY)  ## the tests without notebooks and browser
+	$(BIN)/python -m pytest tests --ignore=tests/browser
+
+.PHONY: test-notebooks
+test-notebooks: $(READY)  ## nbval, strict, on every notebook; then the series at GPAW 52
+	$(BIN)/python -m pytest $(NBVAL) tests/test_house_notebooks.py notebooks
+
+.PHONY: test-conformance
+test-conformance: $(READY)  ## replay the recorded traces of the real TDX module
+	$(BIN)/tdxlab replay data/conformance
+
+.PHONY: test-browser
+test-browser: $(READY)  ## drive the notebooks in a real browser
+	$(BIN)/python -m pytest tests/browser
+
+.PHONY: check
+check: $(READY)  ## format, lint, types, import contracts, duplicated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict tdxlab
+	$(BIN)/lint-imports
+	$(BIN)/pylint --disable=all --enable=duplicate-code tdxlab
+
+.PHONY: format
+format: $(READY)  ## let ruff format the code and mend what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: notebooks
+notebooks: $(READY)  ## execute every notebook again and save it with its outputs
+	$(BIN)/python -m tools.execute_notebooks notebooks
+
+.PHONY: bench
+bench: $(READY)  ## the benchmark, as ratios to a plain-Python baseline
+	$(BIN)/tdxlab bench
+
+.PHONY: lock
+lock: $(READY)  ## pin the newest versions of everything in requirements.lock
+	@head -n 2 requirements.lock > requirements.lock.new
+	$(BIN)/pip-compile $(PIP_COMPILE_FLAGS) --upgrade --output-file=- pyproject.toml >> requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+
+.PHONY: clean
+clean:  ## remove .venv, caches and built files; notebooks and ./tdxlab-notebooks stay
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
