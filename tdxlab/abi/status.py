@@ -538,7 +538,7 @@ def _details_text(status: int) -> str | None:
     if code in _WITH_BYTES:
         names, numbers = _WITH_BYTES[code], details.to_bytes(4, "little")
         return ", ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=False))
-    if code in _TD_EXITS and status != TDX_SUCCESS:
+    if code in _TD_EXITS and (details or code != TDX_SUCCESS):
         reason = details & EXIT_REASON_MASK
         return f"exit reason {reason}, {EXIT_REASON_NAMES.get(reason, 'see the SDM')}"
     return f"{details:#x}" if details else None
@@ -554,7 +554,7 @@ def describe(status: int) -> str:
     if code not in STATUS_NAMES:
         return status_name(status)
     meaning = MEANINGS.get(code) or f"about {CLASS_MEANINGS[Status(code).class_]}; not modelled"
-    if code == TDX_SUCCESS and status != TDX_SUCCESS:
+    if code == TDX_SUCCESS and status & DETAILS_MASK:
         meaning = "the vCPU has left the guest"
     details = _details_text(status)
     return f"{status_name(status)}{f' ({details})' if details else ''}: {meaning}"
