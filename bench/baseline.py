@@ -1,23 +1,24 @@
 """The yardstick: the TDX module's memory leaves in the plainest Python that is still right.
 
 A Secure EPT page is a list of 512 entries in a dict keyed by page frame; a PAMT entry is the list
-[lock, page type, owner, BEPOCH]; a status is an int. Every leaf makes the module's checks in the
-module's order and takes the module's locks. There is no journal, no step generator and no class on
-the hot path but two records. Locks taken by a leaf are noted in `held` and given back at its end.
+[lock, page type, owner, BEPOCH], and each 1 GiB block has lists of them, the 4K ones made when
+first needed; a status is an int. Each leaf makes the module's checks in the module's order and
+takes the module's locks, which `seamcall` gives back at the end. A leaf is `tdh_*(regs)` with
+regs = [rcx, rdx, r8, r9, r10, r11], changed in place, and returns RAX. There is no journal, no
+step generator, and on the hot path no class but the two records Td and Vcpu.
 
 Source: TDX module 1.5.01, src/vmm_dispatcher/api_calls/tdh_*.c and the helpers they call.
-Differs: registers beyond status, RCX and RDX are mostly left as they were; page contents, MRTD,
-    encryption and random numbers do not exist; of TD_PARAMS only max_vcpus, eptp and config are
-    read; CACHE.WB is never interrupted; there is no migration, so three op-states are enough; only
-    version 0 of a leaf is answered; every lock word counts its readers from bit 2; the system
-    leaves are replaced by `boot`.
+Differs: only the leaves that make a TD, map, zap and reclaim its pages, and only their version 0;
+    no guest runs, no migration, no MRTD, page contents, encryption or lack of entropy; a refused
+    leaf explains nothing in RCX and RDX; of TD_PARAMS only max_vcpus, eptp and config are read;
+    every lock word counts its readers from bit 2; `boot` stands for the system leaves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-IN_GUEST = -1
 SUCCESS = 0
+INTERRUPTED_RESUMABLE = 0x8000000300000000
 OPERAND_INVALID = 0xC000010000000000
 OPERAND_ADDR_RANGE_ERROR = 0xC000010100000000
 OPERAND_BUSY = 0x8000020000000000
@@ -32,7 +33,6 @@ OP_STATE_INCORRECT = 0xC000060800000000
 NO_VCPUS = 0xC000060900000000
 TDCX_NUM_INCORRECT = 0xC000061000000000
 VCPU_STATE_INCORRECT = 0xC000070000000000
-VCPU_ASSOCIATED = 0x8000070100000000
 VCPU_NOT_ASSOCIATED = 0x8000070200000000
 MAX_VCPUS_EXCEEDED = 0xC000070500000000
 TD_KEYS_NOT_CONFIGURED = 0x8000081000000000
@@ -43,16 +43,10 @@ NO_HKID_READY_TO_WBCACHE = 0x0000082100000000
 WBCACHE_RESUME_ERROR = 0xC000082300000000
 FLUSHVP_NOT_DONE = 0x8000082400000000
 EPT_WALK_FAILED = 0xC0000B0000000000
-EPT_ENTRY_NOT_PRESENT = 0xC0000B0300000000
 GPA_RANGE_NOT_BLOCKED = 0xC0000B0600000000
 GPA_RANGE_ALREADY_BLOCKED = 0x00000B0700000000
 TLB_TRACKING_NOT_DONE = 0xC0000B0800000000
-EPT_INVALID_PROMOTE_CONDITIONS = 0xC0000B0900000000
-PAGE_ALREADY_ACCEPTED = 0x00000B0A00000000
-PAGE_SIZE_MISMATCH = 0xC0000B0B00000000
 EPT_ENTRY_STATE_INCORRECT = 0xC0000B0D00000000
-EPT_PAGE_NOT_FREE = 0xC0000B0E00000000
-METADATA_FIELD_ID_INCORRECT = 0xC0000C0000000000
 
 # Operand ids, added to a status.
 RCX, RDX, R8, R9, CONFIG_FLAGS, EPTP_CONTROLS, MAX_VCPUS = 1, 2, 8, 9, 66, 67, 68
@@ -64,8 +58,8 @@ TYPE, OWNER, BEPOCH = 1, 2, 3  # fields of a PAMT entry; field 0 is its lock
 HKID_ASSIGNED, KEYS_CONFIGURED, BLOCKED_LIFE, TEARDOWN = 0, 1, 2, 3
 UNINITIALIZED, INITIALIZED, RUNNABLE = 0, 1, 2
 KEY_FREE, KEY_ASSIGNED, KEY_FLUSHED, KEY_RESERVED = 0, 1, 2, 3
-VCPU_UNINITIALIZED, VCPU_READY, VCPU_ACTIVE = 0, 2, 4
-BUILDING, RUNNING, ALIVE = (INITIALIZED,), (RUNNABLE,), (INITIALIZED, RUNNABLE)
+VCPU_UNINITIALIZED, VCPU_READY = 0, 2
+BUILDING, ALIVE = (INITIALIZED,), (INITIALIZED, RUNNABLE)
 
 RWX, PS, LOCKED, HOST_PRIORITY = 7, 1 << 7, 1 << 11, 1 << 52
 HPA_MASK = 0x000FFFFFFFFFF000
@@ -80,20 +74,17 @@ BLOCK_BIT = 1 << 55
 IS_FREE, IS_TABLE, IS_MAPPED, IS_PENDING = (e & STATE_MASK for e in (FREE, TABLE, MAPPED, PENDING))
 UNBLOCKED = (IS_TABLE, IS_MAPPED, IS_PENDING)
 BLOCKED = tuple(state | BLOCK_BIT for state in UNBLOCKED)
-TABLE_STATES = (IS_TABLE, IS_TABLE | BLOCK_BIT)
-LEAF_STATES = (IS_MAPPED, IS_PENDING, IS_MAPPED | BLOCK_BIT, IS_PENDING | BLOCK_BIT)
-PUBLIC_STATE = {IS_FREE: 0, BLOCKED[1]: 1, IS_PENDING: 2, BLOCKED[2]: 3, IS_MAPPED: 4}
-PUBLIC_STATE |= {IS_TABLE: 0x84, BLOCKED[0]: 0x81}
+LEAF_STATES = UNBLOCKED[1:] + BLOCKED[1:]
 
 
 class Td:
     """What the TDR and the TDCS pages hold."""
 
     __slots__ = (
-        "tdr", "hkid", "fatal", "life", "packages", "tdcx", "children", "op_lock", "op_state",
-        "tree_lock", "epoch_lock", "epoch", "inside", "max_vcpus", "vcpus", "associated", "top",
-        "gpa_bits", "root",
-    )  # fmt: skip
+        *("tdr", "hkid", "fatal", "life", "packages", "tdcx", "children", "op_lock", "op_state"),
+        *("tree_lock", "epoch_lock", "epoch", "inside", "max_vcpus", "vcpus", "associated"),
+        *("top", "gpa_bits", "root"),
+    )
 
     def __init__(self, tdr: int, hkid: int) -> None:
         self.tdr, self.hkid = tdr, hkid
@@ -106,10 +97,10 @@ class Td:
 class Vcpu:
     """What the TDVPR page holds."""
 
-    __slots__ = ("td", "pages", "state", "lp", "epoch")
+    __slots__ = ("lp", "pages", "state", "td")
 
     def __init__(self, td: Td) -> None:
-        self.td, self.pages, self.state, self.lp, self.epoch = td, 1, VCPU_UNINITIALIZED, -1, 0
+        self.td, self.pages, self.state, self.lp = td, 1, VCPU_UNINITIALIZED, -1
 
 
 def number(value: int | str) -> int:
@@ -117,39 +108,43 @@ def number(value: int | str) -> int:
     return value if isinstance(value, int) else int(value, 0)
 
 
-def report(regs: list[int], sept_entry: int, level: int) -> None:
-    """Put an S-EPT entry and its level and state into RCX and RDX as the host may see them."""
-    state = sept_entry & STATE_MASK
-    if state == IS_FREE:
-        regs[0] = 1 << 63
-    else:
-        regs[0] = sept_entry & (0x800FFFFFFFFFF0FF if sept_entry & PS else 0x87)
-    regs[1] = level | PUBLIC_STATE[state] << 8
-
-
 class Baseline:
     """One TDX module on one platform. `boot` it, then call `seamcall`."""
 
     def __init__(self) -> None:
         self.ready = False
+        self.lp = 0
         self.blocks: dict[int, tuple[list[int], list[list[int]], list[Any]]] = {}
         self.sept: dict[int, list[int]] = {}
         self.tds: dict[int, Td] = {}
         self.vcpus: dict[int, Vcpu] = {}
         self.td_params: dict[int, dict[str, int]] = {}
-        self.guests: dict[int, tuple[Vcpu, list[tuple[list[int], int]]]] = {}
+        self.interrupt_pending = False
         self.held: list[tuple[list[int], int]] = []
         self.held_sept: tuple[list[int], int] | None = None
-        self.leaves = {
-            0: self.vp_enter, 1: self.mng_addcx, 2: self.page_add, 3: self.sept_add,
-            4: self.vp_addcx, 5: self.page_relocate, 6: self.page_aug, 7: self.range_block,
-            8: self.mng_key_config, 9: self.mng_create, 10: self.vp_create, 11: self.mng_rd,
-            15: self.page_demote, 16: self.mr_extend, 17: self.mr_finalize, 18: self.vp_flush,
-            19: self.mng_vpflushdone, 20: self.mng_key_freeid, 21: self.mng_init,
-            22: self.vp_init, 23: self.page_promote, 24: self.page_rdmd, 25: self.sept_rd,
-            28: self.page_reclaim, 29: self.page_remove, 30: self.sept_remove, 38: self.mem_track,
-            39: self.range_unblock, 40: self.cache_wb, 41: self.page_wbinvd,
-        }  # fmt: skip
+        self.leaves: dict[int, Callable[[list[int]], int]] = {
+            1: self.tdh_mng_addcx,
+            2: self.tdh_mem_page_add,
+            3: self.tdh_mem_sept_add,
+            4: self.tdh_vp_addcx,
+            6: self.tdh_mem_page_aug,
+            7: self.tdh_mem_range_block,
+            8: self.tdh_mng_key_config,
+            9: self.tdh_mng_create,
+            10: self.tdh_vp_create,
+            17: self.tdh_mr_finalize,
+            18: self.tdh_vp_flush,
+            19: self.tdh_mng_vpflushdone,
+            20: self.tdh_mng_key_freeid,
+            21: self.tdh_mng_init,
+            22: self.tdh_vp_init,
+            24: self.tdh_phymem_page_rdmd,
+            28: self.tdh_phymem_page_reclaim,
+            29: self.tdh_mem_page_remove,
+            38: self.tdh_mem_track,
+            40: self.tdh_phymem_cache_wb,
+            41: self.tdh_phymem_page_wbinvd,
+        }
 
     def boot(self, platform: dict[str, Any]) -> None:
         """Bring the module to where SYS.INIT .. TDMR.INIT leave it. `platform`: as in a trace."""
@@ -160,6 +155,9 @@ class Baseline:
         self.kot_lock = [0]
         self.package_of = platform["lp_to_package"]
         self.all_packages = (1 << platform["packages"]) - 1
+        self.sub_blocks = platform["wbinvd_sub_blocks"]
+        self.written_back = [0] * platform["packages"]
+        self.writing_back: list[list[list[int]]] = [[] for _ in range(platform["packages"])]
         base, size = (number(platform["seamrr"][key]) for key in ("base", "size"))
         self.seamrr = range(base, base + size)
         for tdmr in platform["tdmrs"]:
@@ -182,8 +180,10 @@ class Baseline:
         leaf = self.leaves.get(rax)
         if leaf is None:
             return OPERAND_INVALID
-        status = leaf(lp, regs)
-        self.release(self.held)
+        self.lp = lp
+        status = leaf(regs)
+        for lock, amount in self.held:
+            lock[0] -= amount
         self.held.clear()
         if self.held_sept is not None:
             table, index = self.held_sept
@@ -219,21 +219,14 @@ class Baseline:
         self.held[-1] = (lock, 1)
         return True
 
-    @staticmethod
-    def release(held: list[tuple[list[int], int]]) -> None:
-        for lock, amount in held:
-            lock[0] -= amount
-
     # -- checks that several leaves make
 
     def pamt(self, hpa: int, size: int) -> list[int]:
         """The PAMT entry of a page (size 0 4K, 1 2M, 2 1G), without a lock."""
         giant, large, small = self.blocks[hpa >> 30]
-        if size == 2:
-            return giant
-        if size == 1:
-            return large[hpa >> 21 & 511]
-        entry = small[hpa >> 12 & 0x3FFFF]
+        if size:
+            return giant if size == 2 else large[hpa >> 21 & 511]
+        entry: list[int] | None = small[hpa >> 12 & 0x3FFFF]
         if entry is None:
             entry = small[hpa >> 12 & 0x3FFFF] = [0, PT_NDA, 0, 0]
         return entry
@@ -331,11 +324,7 @@ class Baseline:
             reached -= 1
 
     def take_entry(
-        self,
-        regs: list[int],
-        levels: tuple[int, int],
-        states: tuple[int, ...] = ALIVE,
-        exclusive: bool = False,
+        self, regs: list[int], levels: tuple[int, int], exclusive: bool = False
     ) -> tuple[int, Any, Any, int, int]:
         """The common start of the S-EPT leaves: TD, GPA and level, tree lock, walk, entry lock.
 
@@ -344,7 +333,7 @@ class Baseline:
         """
         rcx, tdr = regs[0], regs[1]
         regs[0] = regs[1] = 0
-        status, td = self.take_td(tdr, RDX, states)
+        status, td = self.take_td(tdr, RDX, ALIVE)
         if status:
             return status, None, None, 0, 0
         level = rcx & 7
@@ -361,11 +350,9 @@ class Baseline:
         table, index, reached = self.walk(td, gpa, level)
         sept_entry = table[index]
         if reached != level:
-            report(regs, sept_entry, reached)
             return EPT_WALK_FAILED + RCX, None, None, 0, 0
         if sept_entry & LOCKED:
             table[index] |= HOST_PRIORITY
-            report(regs, sept_entry, level)
             return OPERAND_BUSY + RCX, None, None, 0, 0
         sept_entry &= ~HOST_PRIORITY
         table[index] = sept_entry | LOCKED
@@ -373,28 +360,20 @@ class Baseline:
         return SUCCESS, td, table, index, sept_entry
 
     @staticmethod
-    def refuse(status: int, regs: list[int], sept_entry: int, level: int) -> int:
-        report(regs, sept_entry, level)
-        return status + RCX
-
-    def check_tracked(
-        self, td: Td, page: list[int], regs: list[int], sept_entry: int, level: int
-    ) -> int:
+    def check_tracked(td: Td, page: list[int], sept_entry: int) -> int:
         """Before a page may leave a running TD: blocked, and no TLB can still hold it."""
         if td.op_state != RUNNABLE:
             return SUCCESS
         if sept_entry & STATE_MASK not in BLOCKED:
-            return self.refuse(GPA_RANGE_NOT_BLOCKED, regs, sept_entry, level)
-        return SUCCESS if self.is_tracked(td, page) else TLB_TRACKING_NOT_DONE + RCX
-
-    @staticmethod
-    def is_tracked(td: Td, page: list[int]) -> bool:
+            return GPA_RANGE_NOT_BLOCKED + RCX
         age = td.epoch - page[BEPOCH]
-        return age > 1 or (age == 1 and td.inside[page[BEPOCH] & 1] == 0)
+        if age > 1 or (age == 1 and td.inside[page[BEPOCH] & 1] == 0):
+            return SUCCESS
+        return TLB_TRACKING_NOT_DONE + RCX
 
     # -- making a TD
 
-    def mng_create(self, lp: int, regs: list[int]) -> int:
+    def tdh_mng_create(self, regs: list[int]) -> int:
         if regs[1] not in self.hkids:
             return OPERAND_INVALID + RDX
         status, entry = self.take_page(regs[0], RCX, PT_NDA, True)
@@ -410,7 +389,7 @@ class Baseline:
         entry[TYPE], entry[OWNER] = PT_TDR, 0
         return SUCCESS
 
-    def mng_key_config(self, lp: int, regs: list[int]) -> int:
+    def tdh_mng_key_config(self, regs: list[int]) -> int:
         status, _ = self.take_page(regs[0], RCX, PT_TDR, True)
         if status:
             return status
@@ -419,7 +398,7 @@ class Baseline:
             return TD_FATAL
         if td.life != HKID_ASSIGNED:
             return LIFECYCLE_STATE_INCORRECT
-        package = 1 << self.package_of[lp]
+        package = 1 << self.package_of[self.lp]
         if td.packages & package:
             return KEY_CONFIGURED
         td.packages |= package
@@ -427,7 +406,7 @@ class Baseline:
             td.life = KEYS_CONFIGURED
         return SUCCESS
 
-    def mng_addcx(self, lp: int, regs: list[int]) -> int:
+    def tdh_mng_addcx(self, regs: list[int]) -> int:
         status, _ = self.take_page(regs[1], RDX, PT_TDR, True)
         if status:
             return status
@@ -451,7 +430,7 @@ class Baseline:
         entry[1:] = [PT_TDCX, td.tdr, 0]
         return SUCCESS
 
-    def mng_init(self, lp: int, regs: list[int]) -> int:
+    def tdh_mng_init(self, regs: list[int]) -> int:
         tdr, pa = regs[0], regs[1]
         regs[0] = 0
         status, td = self.take_td(tdr, RCX, (UNINITIALIZED,), True)
@@ -471,25 +450,7 @@ class Baseline:
         td.epoch, td.inside, td.op_state = 1, [0, 0], INITIALIZED
         return SUCCESS
 
-    def mng_rd(self, lp: int, regs: list[int]) -> int:
-        """There are no metadata fields here: every field id is an unknown one."""
-        status, _ = self.take_td(regs[0], RCX, ALIVE)
-        return status or METADATA_FIELD_ID_INCORRECT
-
-    def mr_extend(self, lp: int, regs: list[int]) -> int:
-        gpa, tdr = regs[0], regs[1]
-        regs[0] = regs[1] = 0
-        status, td = self.take_td(tdr, RDX, BUILDING, True)
-        if status:
-            return status
-        if gpa & 255 or gpa >> td.gpa_bits:
-            return OPERAND_INVALID + RCX
-        table, index, reached = self.walk(td, gpa, 0)
-        if not (table[index] & PS and table[index] & RWX):
-            return self.refuse(EPT_ENTRY_NOT_PRESENT, regs, table[index], reached)
-        return SUCCESS
-
-    def mr_finalize(self, lp: int, regs: list[int]) -> int:
+    def tdh_mr_finalize(self, regs: list[int]) -> int:
         status, td = self.take_td(regs[0], RCX, BUILDING, True)
         if status:
             return status
@@ -500,7 +461,7 @@ class Baseline:
 
     # -- vCPUs
 
-    def vp_create(self, lp: int, regs: list[int]) -> int:
+    def tdh_vp_create(self, regs: list[int]) -> int:
         status, td = self.take_td(regs[1], RDX, BUILDING)
         if status:
             return status
@@ -512,7 +473,7 @@ class Baseline:
         entry[1:] = [PT_TDVPR, td.tdr, 0]
         return SUCCESS
 
-    def vp_addcx(self, lp: int, regs: list[int]) -> int:
+    def tdh_vp_addcx(self, regs: list[int]) -> int:
         status, vcpu = self.take_vcpu(regs[1], RDX, BUILDING)
         if status:
             return status
@@ -528,7 +489,7 @@ class Baseline:
         entry[1:] = [PT_TDCX, vcpu.td.tdr, 0]
         return SUCCESS
 
-    def vp_init(self, lp: int, regs: list[int]) -> int:
+    def tdh_vp_init(self, regs: list[int]) -> int:
         status, vcpu = self.take_vcpu(regs[0], RCX, BUILDING)
         if status:
             return status
@@ -540,38 +501,10 @@ class Baseline:
             return MAX_VCPUS_EXCEEDED
         vcpu.td.vcpus += 1
         vcpu.td.associated += 1
-        vcpu.state, vcpu.lp = VCPU_READY, lp
+        vcpu.state, vcpu.lp = VCPU_READY, self.lp
         return SUCCESS
 
-    def vp_enter(self, lp: int, regs: list[int]) -> int:
-        if regs[0] & 0xFFF or regs[0] >> 54:
-            return OPERAND_INVALID + RCX
-        flags = regs[0] >> 52
-        status, vcpu = self.take_vcpu(regs[0] & HPA_MASK, RCX, RUNNING, False)
-        if status:
-            return status
-        td = vcpu.td
-        if vcpu.pages < 6:
-            return TDCX_NUM_INCORRECT
-        if vcpu.state != VCPU_READY:
-            return VCPU_STATE_INCORRECT
-        if vcpu.lp not in (-1, lp):
-            return VCPU_ASSOCIATED
-        if vcpu.lp == -1:
-            vcpu.lp = lp
-            td.associated += 1
-        if flags:
-            return OPERAND_INVALID + RCX
-        kept = len(self.held) - 1  # the page locks stay until TD exit, the op-state lock does not
-        if not self.share(td.epoch_lock):
-            return OPERAND_BUSY + TD_EPOCH
-        vcpu.epoch, vcpu.state = td.epoch, VCPU_ACTIVE
-        td.inside[td.epoch & 1] += 1
-        self.guests[lp] = (vcpu, self.held[:kept])
-        del self.held[:kept]
-        return IN_GUEST
-
-    def vp_flush(self, lp: int, regs: list[int]) -> int:
+    def tdh_vp_flush(self, regs: list[int]) -> int:
         status, entry = self.take_page(regs[0], RCX, PT_TDVPR, True)
         if status:
             return status
@@ -582,58 +515,16 @@ class Baseline:
             return TD_KEYS_NOT_CONFIGURED
         if vcpu.pages < 6:
             return TDCX_NUM_INCORRECT
-        if vcpu.lp != lp:
+        if vcpu.lp != self.lp:
             return VCPU_NOT_ASSOCIATED
         vcpu.lp = -1
         vcpu.td.associated -= 1
         return SUCCESS
 
-    def vm_exit(self, lp: int, reason: int, rax: int = 0, rcx: int = 0) -> int:
-        """An event in the guest on this LP. TDG.MEM.PAGE.ACCEPT (reason 77) is the only TDCALL.
-
-        Returns the guest's RAX where the guest goes on, else the exit reason of a TD exit.
-        """
-        if lp not in self.guests:
-            raise ValueError(f"no vCPU is inside LP {lp}; enter one with TDH.VP.ENTER")
-        if reason == 77:
-            if rax != 6:
-                raise ValueError(f"TDCALL leaf {rax} is not in the baseline; use 6 (PAGE.ACCEPT)")
-            status = self.page_accept(self.guests[lp][0].td, rcx)
-            if status != 48:
-                return status
-            reason = status
-        vcpu, held = self.guests.pop(lp)
-        vcpu.state = VCPU_READY
-        vcpu.td.inside[vcpu.epoch & 1] -= 1
-        self.release(held)
-        return reason
-
-    def page_accept(self, td: Td, rcx: int) -> int:
-        level, gpa = rcx & 7, rcx & HPA_MASK
-        if rcx & ~(HPA_MASK | 7) or level > 1 or gpa & ((0x1000 << 9 * level) - 1):
-            return OPERAND_INVALID + RCX
-        if gpa >> td.gpa_bits:
-            return OPERAND_INVALID + RCX
-        table, index, reached = self.walk(td, gpa, level)
-        sept_entry = table[index]
-        state = sept_entry & STATE_MASK
-        if reached != level:
-            return PAGE_ALREADY_ACCEPTED + reached if state == IS_MAPPED else 48
-        if sept_entry & (LOCKED | HOST_PRIORITY):
-            return OPERAND_BUSY + RCX
-        if state in TABLE_STATES:
-            return PAGE_SIZE_MISMATCH + reached
-        if state == IS_MAPPED:
-            return PAGE_ALREADY_ACCEPTED + reached
-        if state != IS_PENDING:
-            return 48
-        table[index] = MAPPED | (sept_entry & HPA_MASK)
-        return SUCCESS
-
     # -- private memory
 
-    def sept_add(self, lp: int, regs: list[int]) -> int:
-        level, flags, new = regs[0] & 7, regs[1] & ~HPA_MASK, regs[2]
+    def tdh_mem_sept_add(self, regs: list[int]) -> int:
+        flags, new = regs[1] & ~HPA_MASK, regs[2]
         if flags & ~1:
             regs[0] = regs[1] = 0
             return OPERAND_INVALID + RDX
@@ -643,13 +534,13 @@ class Baseline:
             return status
         state = sept_entry & STATE_MASK
         if state not in (IS_FREE, IS_TABLE):
-            return self.refuse(EPT_ENTRY_STATE_INCORRECT, regs, sept_entry, level)
+            return EPT_ENTRY_STATE_INCORRECT + RCX
         if new == 0xFFFFFFFFFFFFFFFF:
             return OPERAND_INVALID + R8
         if state == IS_TABLE:
             if flags:
                 return SUCCESS
-            return self.refuse(EPT_ENTRY_STATE_INCORRECT, regs, sept_entry, level)
+            return EPT_ENTRY_STATE_INCORRECT + RCX
         new &= ~(1 << 63)
         status, page = self.take_page(new, R8, PT_NDA, True)
         if status:
@@ -660,7 +551,7 @@ class Baseline:
         table[index] = TABLE | new
         return SUCCESS
 
-    def page_add(self, lp: int, regs: list[int]) -> int:
+    def tdh_mem_page_add(self, regs: list[int]) -> int:
         rcx, tdr, new, source = regs[:4]
         regs[0] = regs[1] = 0
         status, td = self.take_td(tdr, RDX, BUILDING, True)
@@ -670,9 +561,9 @@ class Baseline:
             return OPERAND_INVALID + RCX
         table, index, reached = self.walk(td, rcx, 0)
         if reached:
-            return self.refuse(EPT_WALK_FAILED, regs, table[index], reached)
+            return EPT_WALK_FAILED + RCX
         if table[index] & STATE_MASK != IS_FREE:
-            return self.refuse(EPT_ENTRY_STATE_INCORRECT, regs, table[index], 0)
+            return EPT_ENTRY_STATE_INCORRECT + RCX
         if source & 0xFFF or source >> self.hkid_shift >= self.hkids[0] or source in self.seamrr:
             return OPERAND_INVALID + R9
         status, page = self.take_page(new, R8, PT_NDA, True)
@@ -683,13 +574,13 @@ class Baseline:
         table[index] = MAPPED | new
         return SUCCESS
 
-    def page_aug(self, lp: int, regs: list[int]) -> int:
+    def tdh_mem_page_aug(self, regs: list[int]) -> int:
         level, new = regs[0] & 7, regs[2]
         status, td, table, index, sept_entry = self.take_entry(regs, (0, 1))
         if status:
             return status
         if sept_entry & STATE_MASK != IS_FREE:
-            return self.refuse(EPT_ENTRY_STATE_INCORRECT, regs, sept_entry, level)
+            return EPT_ENTRY_STATE_INCORRECT + RCX
         status, page = self.take_page(new, R8, PT_NDA, True, level)
         if status:
             return status
@@ -698,37 +589,22 @@ class Baseline:
         table[index] = PENDING | new
         return SUCCESS
 
-    def range_block(self, lp: int, regs: list[int]) -> int:
+    def tdh_mem_range_block(self, regs: list[int]) -> int:
         level = regs[0] & 7
         status, td, table, index, sept_entry = self.take_entry(regs, (0, 5), exclusive=True)
         if status:
             return status
         state = sept_entry & STATE_MASK
         if state in BLOCKED:
-            return self.refuse(GPA_RANGE_ALREADY_BLOCKED, regs, sept_entry, level)
+            return GPA_RANGE_ALREADY_BLOCKED + RCX
         if state not in UNBLOCKED:
-            return self.refuse(EPT_ENTRY_STATE_INCORRECT, regs, sept_entry, level)
+            return EPT_ENTRY_STATE_INCORRECT + RCX
         table[index] = sept_entry & ~RWX | BLOCK_BIT
         page = self.pamt(sept_entry & HPA_MASK, level if sept_entry & PS else 0)
         page[BEPOCH] = td.epoch
         return SUCCESS
 
-    def range_unblock(self, lp: int, regs: list[int]) -> int:
-        level = regs[0] & 7
-        status, td, table, index, sept_entry = self.take_entry(regs, (0, 5), exclusive=True)
-        if status:
-            return status
-        state = sept_entry & STATE_MASK
-        if state not in BLOCKED:
-            return self.refuse(EPT_ENTRY_STATE_INCORRECT, regs, sept_entry, level)
-        page = self.pamt(sept_entry & HPA_MASK, level if sept_entry & PS else 0)
-        if td.op_state == RUNNABLE and not self.is_tracked(td, page):
-            return TLB_TRACKING_NOT_DONE + SEPT_TREE
-        rights = 0 if state == IS_PENDING | BLOCK_BIT else RWX
-        table[index] = sept_entry & ~BLOCK_BIT | rights
-        return SUCCESS
-
-    def mem_track(self, lp: int, regs: list[int]) -> int:
+    def tdh_mem_track(self, regs: list[int]) -> int:
         tdr = regs[0]
         regs[0] = regs[1] = 0
         status, td = self.take_td(tdr, RCX, ALIVE)
@@ -741,17 +617,17 @@ class Baseline:
         td.epoch += 1
         return SUCCESS
 
-    def page_remove(self, lp: int, regs: list[int]) -> int:
+    def tdh_mem_page_remove(self, regs: list[int]) -> int:
         level = regs[0] & 7
         status, td, table, index, sept_entry = self.take_entry(regs, (0, 2))
         if status:
             return status
         if sept_entry & STATE_MASK not in LEAF_STATES:
-            return self.refuse(EPT_ENTRY_STATE_INCORRECT, regs, sept_entry, level)
+            return EPT_ENTRY_STATE_INCORRECT + RCX
         page = self.pamt(sept_entry & HPA_MASK, level)
         if not self.own(page):
             return OPERAND_BUSY + RCX
-        status = self.check_tracked(td, page, regs, sept_entry, level)
+        status = self.check_tracked(td, page, sept_entry)
         if status:
             return status
         table[index] = FREE
@@ -760,131 +636,9 @@ class Baseline:
         regs[0] = sept_entry & HPA_MASK
         return SUCCESS
 
-    def sept_remove(self, lp: int, regs: list[int]) -> int:
-        level = regs[0] & 7
-        status, td, table, index, sept_entry = self.take_entry(regs, (1, 5), exclusive=True)
-        if status:
-            return status
-        if sept_entry & STATE_MASK not in TABLE_STATES:
-            return self.refuse(EPT_ENTRY_STATE_INCORRECT, regs, sept_entry, level)
-        hpa = sept_entry & HPA_MASK
-        page = self.pamt(hpa, 0)
-        if not self.own(page):
-            return OPERAND_BUSY + RCX
-        status = self.check_tracked(td, page, regs, sept_entry, level)
-        if status:
-            return status
-        if any(child != FREE for child in self.sept[hpa >> 12]):
-            return self.refuse(EPT_PAGE_NOT_FREE, regs, sept_entry, level)
-        del self.sept[hpa >> 12]
-        table[index] = FREE
-        td.children -= 1
-        page[TYPE] = PT_NDA
-        regs[0] = hpa
-        return SUCCESS
-
-    def page_promote(self, lp: int, regs: list[int]) -> int:
-        level = regs[0] & 7
-        status, td, table, index, sept_entry = self.take_entry(regs, (1, 2))
-        if status:
-            return status
-        if sept_entry & STATE_MASK not in TABLE_STATES:
-            return self.refuse(EPT_ENTRY_STATE_INCORRECT, regs, sept_entry, level)
-        page = self.pamt(sept_entry & HPA_MASK, 0)
-        if not self.own(page):
-            return OPERAND_BUSY + RCX
-        status = self.check_tracked(td, page, regs, sept_entry, level)
-        if status:
-            return status
-        frame, size = (sept_entry & HPA_MASK) >> 12, 0x1000 << 9 * (level - 1)
-        first = self.sept[frame][0]
-        hpa = first & HPA_MASK
-        aligned = not hpa & (512 * size - 1) and first & STATE_MASK in (IS_MAPPED, IS_PENDING)
-        for i, child in enumerate(self.sept[frame]):
-            if child & LOCKED:
-                return self.refuse(OPERAND_BUSY, regs, sept_entry, level)
-            if not aligned or child != first + i * size:
-                return self.refuse(EPT_INVALID_PROMOTE_CONDITIONS, regs, sept_entry, level)
-        merged = self.pamt(hpa, level)
-        if not self.own(merged):
-            return OPERAND_BUSY + RCX
-        for i in range(512):
-            self.pamt(hpa + i * size, level - 1)[TYPE] = PT_NDA
-        merged[TYPE], merged[OWNER], page[TYPE] = PT_REG, td.tdr, PT_NDA
-        del self.sept[frame]
-        table[index] = first
-        td.children -= 1
-        regs[0] = frame << 12
-        return SUCCESS
-
-    def page_demote(self, lp: int, regs: list[int]) -> int:
-        level, new = regs[0] & 7, regs[2]
-        if regs[1] & ~(HPA_MASK | 1):
-            regs[0] = regs[1] = 0
-            return OPERAND_INVALID + RDX
-        regs[1] &= HPA_MASK
-        status, td, table, index, sept_entry = self.take_entry(regs, (1, 2))
-        if status:
-            return status
-        if sept_entry & STATE_MASK not in LEAF_STATES:
-            return self.refuse(EPT_ENTRY_STATE_INCORRECT, regs, sept_entry, level)
-        hpa = sept_entry & HPA_MASK
-        large = self.pamt(hpa, level)
-        status = self.check_tracked(td, large, regs, sept_entry, level)
-        if status:
-            return status
-        status, page = self.take_page(new, R8, PT_NDA, True)
-        if status:
-            return status
-        if not self.own(large):
-            return OPERAND_BUSY + RCX
-        leaf = (PENDING if sept_entry & STATE_MASK & ~BLOCK_BIT == IS_PENDING else MAPPED) | hpa
-        size = 0x1000 << 9 * (level - 1)
-        self.sept[new >> 12] = [leaf + i * size for i in range(512)]
-        for i in range(512):
-            self.pamt(hpa + i * size, level - 1)[1:] = [PT_REG, td.tdr, 0]
-        large[TYPE], page[TYPE], page[OWNER] = PT_NDA, PT_EPT, td.tdr
-        table[index] = TABLE | new
-        td.children += 1
-        return SUCCESS
-
-    def page_relocate(self, lp: int, regs: list[int]) -> int:
-        new = regs[2]
-        status, td, table, index, sept_entry = self.take_entry(regs, (0, 0))
-        if status:
-            return status
-        if sept_entry & STATE_MASK not in LEAF_STATES:
-            return self.refuse(EPT_ENTRY_STATE_INCORRECT, regs, sept_entry, 0)
-        old = sept_entry & HPA_MASK
-        if new == old:
-            return OPERAND_INVALID + R8
-        old_page = self.pamt(old, 0)
-        if not self.own(old_page):
-            return OPERAND_BUSY + RCX
-        status = self.check_tracked(td, old_page, regs, sept_entry, 0)
-        if status:
-            return status
-        status, page = self.take_page(new, R8, PT_NDA, True)
-        if status:
-            return status
-        page[1:] = [PT_REG, td.tdr, 0]
-        old_page[TYPE] = PT_NDA
-        pending = sept_entry & STATE_MASK & ~BLOCK_BIT == IS_PENDING
-        table[index] = (PENDING if pending else MAPPED) | new
-        regs[0] = old
-        return SUCCESS
-
-    def sept_rd(self, lp: int, regs: list[int]) -> int:
-        level = regs[0] & 7
-        status, _, _, _, sept_entry = self.take_entry(regs, (0, 5))
-        if status:
-            return status
-        report(regs, sept_entry, level)
-        return SUCCESS
-
     # -- taking a TD down
 
-    def mng_vpflushdone(self, lp: int, regs: list[int]) -> int:
+    def tdh_mng_vpflushdone(self, regs: list[int]) -> int:
         status, _ = self.take_page(regs[0], RCX, PT_TDR, True)
         if status:
             return status
@@ -895,25 +649,33 @@ class Baseline:
             return LIFECYCLE_STATE_INCORRECT
         if td.tdcx >= 6 and td.op_state != UNINITIALIZED and td.associated:
             return FLUSHVP_NOT_DONE
-        self.kot[td.hkid] = [KEY_FLUSHED, self.all_packages]
+        self.kot[td.hkid][:] = KEY_FLUSHED, self.all_packages
         td.life = BLOCKED_LIFE
         return SUCCESS
 
-    def cache_wb(self, lp: int, regs: list[int]) -> int:
+    def tdh_phymem_cache_wb(self, regs: list[int]) -> int:
         if regs[0] > 1:
             return OPERAND_INVALID + RCX
         if not self.share(self.kot_lock):
             return OPERAND_BUSY + KOT
-        if regs[0] == 1:
+        package = self.package_of[self.lp]
+        if regs[0] == 0:
+            self.written_back[package] = 0
+            flushed = [key for key in self.kot.values() if key[0] == KEY_FLUSHED]
+            if not flushed:
+                return NO_HKID_READY_TO_WBCACHE
+            self.writing_back[package] = flushed
+        elif self.written_back[package] == 0:
             return WBCACHE_RESUME_ERROR
-        flushed = [key for key in self.kot.values() if key[0] == KEY_FLUSHED]
-        if not flushed:
-            return NO_HKID_READY_TO_WBCACHE
-        for key in flushed:
-            key[1] &= ~(1 << self.package_of[lp])
+        self.written_back[package] += 1
+        if self.interrupt_pending and self.written_back[package] < self.sub_blocks:
+            return INTERRUPTED_RESUMABLE
+        self.written_back[package] = 0
+        for key in self.writing_back[package]:
+            key[1] &= ~(1 << package)
         return SUCCESS
 
-    def mng_key_freeid(self, lp: int, regs: list[int]) -> int:
+    def tdh_mng_key_freeid(self, regs: list[int]) -> int:
         status, _ = self.take_page(regs[0], RCX, PT_TDR, True)
         if status:
             return status
@@ -928,7 +690,7 @@ class Baseline:
         td.life = TEARDOWN
         return SUCCESS
 
-    def page_reclaim(self, lp: int, regs: list[int]) -> int:
+    def tdh_phymem_page_reclaim(self, regs: list[int]) -> int:
         hpa = regs[0]
         regs[:] = [0] * 6
         status, page, size = self.walk_pamt(hpa, RCX, True)
@@ -960,7 +722,7 @@ class Baseline:
         page[TYPE] = PT_NDA
         return SUCCESS
 
-    def page_rdmd(self, lp: int, regs: list[int]) -> int:
+    def tdh_phymem_page_rdmd(self, regs: list[int]) -> int:
         hpa = regs[0]
         regs[:] = [0] * 6
         status, page, size = self.walk_pamt(hpa, RCX, False)
@@ -971,7 +733,7 @@ class Baseline:
             regs[3] = page[BEPOCH]
         return SUCCESS
 
-    def page_wbinvd(self, lp: int, regs: list[int]) -> int:
+    def tdh_phymem_page_wbinvd(self, regs: list[int]) -> int:
         hkid_mask = (1 << 52) - (1 << self.hkid_shift)
         return self.take_page(regs[0] & ~hkid_mask, RCX, PT_NDA, False)[0]
 
