@@ -1,11 +1,12 @@
 """The functions of the TDX module: numbers, names, operands.
 
-TDH leaves are called by the host with SEAMCALL, TDG leaves by the guest with TDCALL. Both put the
-leaf number and its version in RAX.
+TDH leaves are called by the host with SEAMCALL, TDG leaves by the guest with TDCALL. The caller
+puts the leaf's number and version into RAX.
 
 Source: TDX module 1.5.01, tdx_api_defs.h (numbers), tdx_vmm_dispatcher.c and tdx_td_dispatcher.c
 (versions), one file per leaf (operands).
-Differs: migration, service-TD and partitioning leaves are listed by name and not modelled.
+Differs: migration, service-TD and partitioning leaves, and the guest leaves for metadata and page
+attributes, are listed by name and not modelled.
 """
 
 from __future__ import annotations
@@ -185,6 +186,12 @@ _ENTRY_SHOWN = {"rcx": "the entry as the host may see it", "rdx": "level 2:0, st
 _L2_TABLES = {"r9": "version 1: table of L2 VM 1, or all ones", "r10": "VM 2", "r11": "VM 3"}
 _L2_TABLES_OUT = {"r9": "version 1: like R8, for L2 VM 1", "r10": "VM 2", "r11": "VM 3"}
 _L2_TABLES_FREED = {"r9": "version 1: all ones without L2 VMs", "r10": "like R9", "r11": "like R9"}
+_DEMOTE_TABLES = {
+    "r8": "HPA of the new table",
+    "r9": "table of L2 VM 1, ignored without L2 VMs",
+    "r10": "VM 2",
+    "r11": "VM 3",
+}
 _OLD_VALUE = {"r8": "old value"}
 _FIELD_WRITE = {"rdx": "field id", "r8": "new value", "r9": "mask of the bits to write"}
 _FIELD_READ = {"r8": "value", "rdx": "version 1: id of the next field"}
@@ -442,7 +449,7 @@ _MEMORY = (
         TDH_MEM_PAGE_DEMOTE,
         "TDH.MEM.PAGE.DEMOTE",
         "split a large page into 512 small ones under a new table",
-        _ENTRY | {"r8": "HPA of the new table", "r9": "unused", "r10": "unused", "r11": "unused"},
+        _ENTRY | _DEMOTE_TABLES,
         _NOTHING_LEFT | {"r9": "as given", "r10": "as given", "r11": "as given"},
     ),
     _leaf(

@@ -506,9 +506,12 @@ def with_bytes(code: int, b0: int, b1: int = 0, b2: int = 0) -> int:
 
 
 def _code(status: int) -> int:
-    """The table's code of `status`: no details, and no flags that were added to a known code."""
+    """The table's code of `status`: no details, and no flag that was added to a known code."""
     code = status & CODE_MASK
-    return code if code in STATUS_NAMES else code & ~(Status.host_hint.mask | Status.fatal.mask)
+    for added in (0, Status.host_hint.mask, Status.fatal.mask):
+        if code & ~added in STATUS_NAMES:
+            return code & ~added
+    return code
 
 
 def status_name(status: int) -> str:
