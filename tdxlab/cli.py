@@ -1,0 +1,130 @@
+"""The command `tdxlab`: lab, demo, replay, bench, doctor.
+
+Every command imports what it needs when it runs, so that `tdxlab --help` answers at once. A mistake
+at the keyboard is one line on stderr and exit status 2, never a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tdxlab import __version__
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_MISTAKE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command in `arguments` (default: the command line); returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader of our output left (`tdxlab demo | head`): there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _complain(message: str) -> int:
+    """One line on stderr; returns the exit status of a mistake."""
+    print(f"tdxlab: {message}", file=sys.stderr)
+    return EXIT_MISTAKE
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The parser with all its commands; each leaves the function that runs it in `run`."""
+    parser = _Parser(prog="tdxlab", description="How confidential VMs manage memory, to play with.")
+    parser.add_argument("--version", action="version", version=f"tdxlab {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_lab(commands)
+    _add_replay(commands)
+    for name, run, text in (
+        ("demo", _demo, "print a TD's life as a table of SEAMCALLs"),
+        ("bench", _bench, "measure the model's speed, as ratios to a plain-Python baseline"),
+        ("doctor", _doctor, "say what is installed, what is missing and what is not modelled"),
+    ):
+        commands.add_parser(name, help=text, description=text).set_defaults(run=run)
+    return parser
+
+
+def _add_lab(commands: argparse._SubParsersAction[_Parser]) -> None:
+    from tdxlab.lab import DEFAULT_FOLDER, DEFAULT_PORT
+
+    text = "copy the notebooks to a working folder and open them in JupyterLab"
+    lab = commands.add_parser("lab", help=text, description=text)
+    folder = os.environ.get("TDXLAB_NOTEBOOKS") or DEFAULT_FOLDER
+    note = "working folder; your files in it are never overwritten (default: %(default)s)"
+    lab.add_argument("--dir", type=Path, default=Path(folder), metavar="FOLDER", help=note)
+    note = "first TCP port to try; the next free one is taken (default: %(default)s)"
+    lab.add_argument("--port", type=_port, default=DEFAULT_PORT, metavar="PORT", help=note)
+    lab.add_argument("--no-browser", action="store_true", help="print the URL, open no browser")
+    lab.set_defaults(run=_lab)
+
+
+def _add_replay(commands: argparse._SubParsersAction[_Parser]) -> None:
+    text = "replay recorded traces of the real TDX module and compare every answer"
+    replay = commands.add_parser("replay", help=text, description=text)
+    note = "trace files (.json, .json.gz) or folders of them (default: the packaged traces)"
+    replay.add_argument("paths", nargs="*", metavar="PATH", help=note)
+    replay.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    replay.set_defaults(run=_replay)
+
+
+def _port(text: str) -> int:
+    """A TCP port as the command line names it, 1..65535."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no TCP port: give a number from 1 to 65535")
+    return int(text)
+
+
+def _lab(options: argparse.Namespace) -> int:
+    from tdxlab import lab
+
+    browser = not options.no_browser and lab.wants_browser(os.environ)
+    try:
+        return lab.run(options.dir, options.port, browser, sys.stdout)
+    except lab.LabError as error:
+        return _complain(str(error))
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from tdxlab import replay, resources
+
+    paths = options.paths or [str(resources.traces())]
+    return replay.command(paths, options.json, sys.stdout, sys.stderr)
+
+
+def _demo(_options: argparse.Namespace) -> int:
+    from tdxlab import scenarios
+
+    return scenarios.demo(sys.stdout)
+
+
+def _bench(_options: argparse.Namespace) -> int:
+    from tdxlab import bench
+
+    return bench.main(sys.stdout)
+
+
+def _doctor(_options: argparse.Namespace) -> int:
+    from tdxlab import doctor
+
+    return doctor.run(sys.stdout)
