@@ -74,7 +74,7 @@ check: $(READY)  ## format, lint, types, import contracts, duplicated code
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict tdxlab
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/pylint --disable=all --enable=duplicate-code tdxlab
 
 .PHONY: format

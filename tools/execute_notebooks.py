@@ -1,0 +1,82 @@
+"""Execute notebooks from a fresh kernel, top to bottom, and save them with their outputs.
+
+`python -m tools.execute_notebooks notebooks` does it for a folder. What is saved depends on nothing
+but the sources: cell ids stay, execution counts run from 1 to N, and neither timings nor widget
+state nor the Python version are kept.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+CELL_SECONDS = 60
+
+
+def notebooks_in(folder: Path) -> list[Path]:
+    """Every notebook below `folder`, sorted, checkpoints left out."""
+    return sorted(
+        path for path in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
+    )
+
+
+def read(path: Path) -> NotebookNode:
+    """The notebook at `path`, in format 4."""
+    return nbformat.read(path, as_version=4)
+
+
+def execute(book: NotebookNode, folder: Path) -> NotebookNode:
+    """Run every cell of `book` with `folder` as working directory; returns `book` with new outputs.
+
+    Refuses with nbclient's CellExecutionError if a cell raises.
+    """
+    client = NotebookClient(
+        book,
+        timeout=CELL_SECONDS,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        record_timing=False,
+        store_widget_state=False,
+        coalesce_streams=True,
+    )
+    client.execute()
+    book.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return book
+
+
+def parameters_cell(book: NotebookNode) -> NotebookNode:
+    """The cell tagged `parameters`; ValueError unless there is exactly one."""
+    found = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} cells are tagged `parameters`; tag exactly one")
+    return found[0]
+
+
+def set_gpaw(book: NotebookNode, gpaw: int) -> None:
+    """Rewrite GPAW 48 in the `parameters` cell to `gpaw`; ValueError if it is not there."""
+    cell = parameters_cell(book)
+    cell.source, count = re.subn(r"(?m)^(GPAW\b.*)\b48\b", rf"\g<1>{gpaw}", cell.source)
+    if count != 1:
+        raise ValueError(f"the `parameters` cell sets GPAW to 48 {count} times; set it once")
+
+
+def main(arguments: list[str]) -> int:
+    """Execute and save every notebook in the folders that `arguments` name."""
+    for path in [path for folder in arguments for path in notebooks_in(Path(folder))]:
+        print(path)
+        book = execute(read(path), path.parent)
+        nbformat.validate(book)
+        nbformat.write(book, path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
