@@ -63,7 +63,7 @@ def parameters_cell(book: NotebookNode) -> NotebookNode:
 def set_gpaw(book: NotebookNode, gpaw: int) -> None:
     """Rewrite GPAW 48 in the `parameters` cell to `gpaw`; ValueError if it is not there."""
     cell = parameters_cell(book)
-    cell.source, count = re.subn(r"(?m)^(GPAW\b.*)\b48\b", rf"\g<1>{gpaw}", cell.source)
+    cell.source, count = re.subn(r"(?m)^(GPAW\b.*?)\b48\b", rf"\g<1>{gpaw}", cell.source)
     if count != 1:
         raise ValueError(f"the `parameters` cell sets GPAW to 48 {count} times; set it once")
 

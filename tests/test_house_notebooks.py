@@ -1,0 +1,177 @@
+"""Every notebook is fit to be compared, read anywhere, and run at GPAW 52."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from tools.execute_notebooks import execute, notebooks_in, parameters_cell, read, set_gpaw
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+SERIES = notebooks_in(FOLDER)
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=[\"']([^\"']+)[\"']")
+NAMED_ID = re.compile(r"(?![0-9a-f]{8}$)[a-z][a-z0-9-]{2,63}")
+
+
+def code_cells(book: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in book.cells if cell.cell_type == "code"]
+
+
+def complaints(book: NotebookNode, folder: Path) -> list[str]:
+    """Everything that makes `book`, which lies in `folder`, unfit; nothing if it is fit."""
+    outputs = [output for cell in code_cells(book) for output in cell.outputs]
+    tests = {
+        "execution counts are not 1..N": [cell.execution_count for cell in code_cells(book)]
+        != list(range(1, len(code_cells(book)) + 1)),
+        "an output is an error": any(output.output_type == "error" for output in outputs),
+        "an output is stderr": any(output.get("name") == "stderr" for output in outputs),
+        "widget state is saved": "widgets" in book.metadata,
+        "not one `parameters` cell": len(_tagged(book, "parameters")) != 1,
+        "a cell ends with ;": any(cell.source.rstrip().endswith(";") for cell in code_cells(book)),
+        "a code cell is empty": not all(cell.source.strip() for cell in code_cells(book)),
+        "a cell has no name": not all(
+            NAMED_ID.fullmatch(cell.get("id", "")) for cell in book.cells
+        ),
+        "two cells share a name": len({cell.id for cell in book.cells}) != len(book.cells),
+        "a link leads nowhere": any(not _exists(link, folder) for link in _links(book)),
+    }
+    return [text for text, is_bad in tests.items() if is_bad]
+
+
+def _tagged(book: NotebookNode, tag: str) -> list[NotebookNode]:
+    return [cell for cell in book.cells if tag in cell.metadata.get("tags", [])]
+
+
+def _links(book: NotebookNode) -> list[str]:
+    text = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+    return [markdown or html for markdown, html in LINK.findall(text)]
+
+
+def _exists(link: str, folder: Path) -> bool:
+    """True for a link to a web page, to a heading, or to a file that travels with the notebooks."""
+    path = link.partition("#")[0]
+    if not path or re.match(r"(?:https?|data|mailto):", link):
+        return True
+    target = (folder / path).resolve()
+    return target.exists() and target.is_relative_to(folder.resolve())
+
+
+def good_book() -> NotebookNode:
+    parameters = new_code_cell(
+        "GPAW = 48", id="parameters", metadata={"tags": ["parameters"]}, execution_count=1
+    )
+    answer = new_code_cell("print(GPAW)", id="answer", execution_count=2)
+    answer.outputs = [new_output("stream", name="stdout", text="48\n")]
+    return new_notebook(cells=[new_markdown_cell("# What?", id="title"), parameters, answer])
+
+
+def _spoil(change: Callable[[NotebookNode], object]) -> NotebookNode:
+    book = copy.deepcopy(good_book())
+    change(book)
+    return book
+
+
+@pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
+def test_notebook_is_fit_to_be_compared(path: Path) -> None:
+    book = read(path)
+    nbformat.validate(book)
+    assert complaints(book, path.parent) == []
+
+
+@pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
+def test_notebook_runs_at_gpaw_52(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TDXLAB_GPAW", raising=False)
+    book = read(path)
+    set_gpaw(book, 52)
+    execute(book, path.parent)
+    assert complaints(book, path.parent) == []
+
+
+def test_complaints_is_silent_about_a_good_notebook(tmp_path: Path) -> None:
+    assert complaints(good_book(), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("expected", "change"),
+    [
+        ("execution counts are not 1..N", lambda b: b.cells[2].update(execution_count=None)),
+        ("execution counts are not 1..N", lambda b: b.cells[2].update(execution_count=3)),
+        (
+            "an output is an error",
+            lambda b: b.cells[2].outputs.append(new_output("error", ename="ValueError")),
+        ),
+        (
+            "an output is stderr",
+            lambda b: b.cells[2].outputs.append(new_output("stream", name="stderr", text="oh")),
+        ),
+        ("widget state is saved", lambda b: b.metadata.update(widgets={})),
+        ("not one `parameters` cell", lambda b: b.cells[1].metadata.update(tags=[])),
+        ("not one `parameters` cell", lambda b: b.cells[2].metadata.update(tags=["parameters"])),
+        ("a cell ends with ;", lambda b: b.cells[2].update(source="print(GPAW);\n")),
+        ("a code cell is empty", lambda b: b.cells[2].update(source=" \n")),
+        ("a cell has no name", lambda b: b.cells[0].update(id="3fa91c07")),
+        ("two cells share a name", lambda b: b.cells[0].update(id="answer")),
+        ("a link leads nowhere", lambda b: b.cells[0].update(source="[map](images/map.svg)")),
+        ("a link leads nowhere", lambda b: b.cells[0].update(source="[up](../README.md)")),
+    ],
+)
+def test_complaints_names_what_is_wrong(
+    expected: str, change: Callable[[NotebookNode], object], tmp_path: Path
+) -> None:
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    (tmp_path / "README.md").touch()
+    assert complaints(_spoil(change), folder) == [expected]
+
+
+def test_complaints_lets_good_links_pass(tmp_path: Path) -> None:
+    (tmp_path / "01-guest-addresses.ipynb").touch()
+    book = good_book()
+    book.cells[0].source = "[next](01-guest-addresses.ipynb#gpaw) [here](#x) [web](https://a.b/c)"
+    assert complaints(book, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["GPAW = 48", 'import os\n\nGPAW = int(os.environ.get("TDXLAB_GPAW", 48))  # 48 or 52'],
+)
+def test_set_gpaw_rewrites_the_parameters_cell(source: str) -> None:
+    book = good_book()
+    book.cells[1].source = source
+    set_gpaw(book, 52)
+    values: dict[str, object] = {}
+    exec(parameters_cell(book).source, values)
+    assert values["GPAW"] == 52
+
+
+def test_set_gpaw_refuses_a_notebook_that_cannot_be_varied() -> None:
+    book = good_book()
+    book.cells[1].source = "WIDTH = 48"
+    with pytest.raises(ValueError, match="0 times"):
+        set_gpaw(book, 52)
+    book.cells[1].metadata.tags = []
+    with pytest.raises(ValueError, match="tag exactly one"):
+        set_gpaw(book, 52)
+
+
+def test_execute_gives_reproducible_notebooks(tmp_path: Path) -> None:
+    first, second = good_book(), good_book()
+    second.metadata.language_info = {"name": "python", "version": "3.0"}
+    assert execute(first, tmp_path) == execute(second, tmp_path)
+    assert complaints(first, tmp_path) == []
+    assert [cell.id for cell in first.cells] == ["title", "parameters", "answer"]
+
+
+def test_execute_stops_at_a_cell_that_raises(tmp_path: Path) -> None:
+    book = good_book()
+    book.cells[2].source = "assert GPAW == 52"
+    with pytest.raises(CellExecutionError):
+        execute(book, tmp_path)
