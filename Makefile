@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 PIP_COMPILE_FLAGS := --quiet --generate-hashes --all-extras --allow-unsafe --strip-extras --no-header \
 	--no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options
 
+CHECKS := check-format check-lint check-types check-imports check-duplicates
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=60
 
 define NO_VENV
@@ -71,10 +72,22 @@ test-browser: $(READY)  ## drive the notebooks in a real browser
 
 .PHONY: check
 check: $(READY)  ## format, lint, types, import contracts, duplicated code
+	@$(MAKE) --no-print-directory --keep-going $(CHECKS)
+
+.PHONY: $(CHECKS)
+check-format: $(READY)
 	$(BIN)/ruff format --check .
+
+check-lint: $(READY)
 	$(BIN)/ruff check .
+
+check-types: $(READY)
 	$(BIN)/mypy --strict tdxlab
+
+check-imports: $(READY)
 	$(BIN)/lint-imports --no-logo
+
+check-duplicates: $(READY)
 	$(BIN)/pylint --disable=all --enable=duplicate-code tdxlab
 
 .PHONY: format
