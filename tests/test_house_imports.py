@@ -74,6 +74,13 @@ def test_a_planted_import_breaks_a_contract(
     assert f"tdxlab.{module.removesuffix('.py').replace('/', '.')} -> " in done.stdout
 
 
+def test_a_module_without_a_layer_breaks_a_contract(copied_tree: Path) -> None:
+    (copied_tree / "tdxlab" / "stray.py").touch()
+    done = lint_imports(copied_tree)
+    assert done.returncode == 1, done.stdout
+    assert "- tdxlab.stray" in done.stdout
+
+
 def test_everything_below_study_imports_without_third_party_packages() -> None:
     done = python(IMPORT_ALL)
     assert done.returncode == 0, done.stderr
