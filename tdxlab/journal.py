@@ -1,0 +1,239 @@
+"""The undo log under everything that can change.
+
+A machine's whole state lives in two kinds of store: `Words` (a row of machine words) and `Table` (a
+dict). Both write through `put`. While nobody holds a mark, `put` is the container's own
+`__setitem__` and costs nothing more. While somebody does, each `put` first notes the old value;
+`rewind` plays the notes backwards.
+
+    mark = journal.mark()
+    ...                      # anything at all
+    journal.rewind(mark)     # bit for bit as it was; the mark can be used again
+    journal.release(mark)
+
+Snapshots of recorded traces, a panel's step back and the explorer's branching are all rewinds of
+this one log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Literal
+
+_ABSENT = object()
+_CHUNK = 4096
+_ZERO_CHUNK = bytes(_CHUNK)
+#: Linux: reserve address space without promising memory for all of it.
+_MAP_NORESERVE = 0x4000
+
+
+class Mark:
+    """A point of time to which a journal can rewind."""
+
+    __slots__ = ("position",)
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+
+class Journal:
+    """One undo log for one machine; stores register themselves when they are made."""
+
+    def __init__(self) -> None:
+        self._log: list[tuple[Any, Any, Any]] = []
+        self._marks: list[Mark] = []
+        self._stores: list[Words | Table] = []
+
+    @property
+    def recording(self) -> bool:
+        """True while somebody holds a mark."""
+        return bool(self._marks)
+
+    def __len__(self) -> int:
+        """Changes that a rewind to the oldest mark would take back."""
+        return len(self._log)
+
+    def attach(self, store: Words | Table) -> None:
+        """Put `store` under this journal."""
+        self._stores.append(store)
+        store.switch(self._log if self._marks else None)
+
+    def mark(self) -> Mark:
+        """Note the present state; from now on every change is recorded."""
+        if not self._marks:
+            self._switch(self._log)
+        mark = Mark(len(self._log))
+        self._marks.append(mark)
+        return mark
+
+    def rewind(self, mark: Mark) -> None:
+        """Take back every change made since `mark`. Later marks die, this one stays.
+
+        Refuses a mark that was released, or that died in an earlier rewind: ValueError.
+        """
+        place = self._place(mark)
+        log = self._log
+        while len(log) > mark.position:
+            target, key, old = log.pop()
+            if old is _ABSENT:
+                del target[key]
+            else:
+                target[key] = old
+        del self._marks[place + 1 :]
+
+    def release(self, mark: Mark) -> None:
+        """Give `mark` up, keeping all changes; without marks the journal stops recording."""
+        del self._marks[self._place(mark)]
+        if not self._marks:
+            self._log.clear()
+            self._switch(None)
+
+    def forget(self, mark: Mark) -> None:
+        """As `release`, for a mark that may have died in a rewind already."""
+        if any(held is mark for held in self._marks):
+            self.release(mark)
+
+    def digest(self) -> str:
+        """SHA-256 over the content of every store: equal digests, equal machines."""
+        total = hashlib.sha256()
+        for store in self._stores:
+            for piece in store.pieces():
+                total.update(piece)
+            total.update(b"|")
+        return total.hexdigest()
+
+    def _place(self, mark: Mark) -> int:
+        for place, held in enumerate(self._marks):
+            if held is mark:
+                return place
+        raise ValueError("this mark is not held any more; take a new one with journal.mark()")
+
+    def _switch(self, log: list[tuple[Any, Any, Any]] | None) -> None:
+        for store in self._stores:
+            store.switch(log)
+
+
+class Words:
+    """A row of unsigned machine words that a journal can take back.
+
+    count: number of words, all zero at first. typecode: "Q" (64 bit) or "H" (16 bit).
+    sparse: back it with private anonymous memory of which only touched 4 KiB pages cost anything.
+
+    Read through `view[i]`, write through `put(i, value)` or `fill`. Look `put` up at each use: it
+    changes when recording starts or stops.
+    """
+
+    __slots__ = ("_log", "_raw", "itemsize", "put", "view")
+
+    put: Callable[[int, int], None]
+    view: memoryview[int]
+
+    def __init__(
+        self,
+        journal: Journal,
+        count: int,
+        *,
+        typecode: Literal["Q", "H"] = "Q",
+        sparse: bool = False,
+    ) -> None:
+        self.itemsize = 8 if typecode == "Q" else 2
+        size = max(count, 1) * self.itemsize
+        buffer: mmap.mmap | bytearray = _reserve(size) if sparse else bytearray(size)
+        self._raw = memoryview(buffer)
+        self.view = self._raw.cast(typecode)
+        journal.attach(self)
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def switch(self, log: list[tuple[Any, Any, Any]] | None) -> None:
+        """Record every change in `log`, or in nothing."""
+        self._log = log
+        self.put = self.view.__setitem__ if log is None else self._put_recorded
+
+    def _put_recorded(self, index: int, value: int) -> None:
+        assert self._log is not None
+        self._log.append((self.view, index, self.view[index]))
+        self.view[index] = value
+
+    def fill(self, start: int, data: bytes) -> None:
+        """Overwrite whole words from word `start` on with the bytes of `data` (little endian)."""
+        place = slice(start * self.itemsize, start * self.itemsize + len(data))
+        if self._log is not None:
+            self._log.append((self._raw, place, bytes(self._raw[place])))
+        self._raw[place] = data
+
+    def read(self, start: int, count: int) -> bytes:
+        """The bytes of `count` words from word `start` on."""
+        return bytes(self._raw[start * self.itemsize : (start + count) * self.itemsize])
+
+    def touched(self) -> Iterator[tuple[int, bytes]]:
+        """(byte offset, content) of each 4 KiB chunk that is not all zero."""
+        raw = self._raw
+        for offset in range(0, len(raw), _CHUNK):
+            chunk = raw[offset : offset + _CHUNK]
+            if chunk != _ZERO_CHUNK[: len(chunk)]:
+                yield offset, bytes(chunk)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Everything a digest must see."""
+        for offset, chunk in self.touched():
+            yield offset.to_bytes(8, "little")
+            yield chunk
+
+
+class Table(dict[Any, Any]):
+    """A dict that a journal can take back. Write through `put` and `drop`; read like any dict.
+
+    Keys and values must be immutable: a change is a new value.
+    """
+
+    __slots__ = ("_log", "put")
+
+    put: Callable[[Hashable, Any], None]
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__()
+        journal.attach(self)
+
+    def switch(self, log: list[tuple[Any, Any, Any]] | None) -> None:
+        """Record every change in `log`, or in nothing."""
+        self._log = log
+        self.put = self.__setitem__ if log is None else self._put_recorded
+
+    def _put_recorded(self, key: Hashable, value: Any) -> None:
+        assert self._log is not None
+        self._log.append((self, key, self.get(key, _ABSENT)))
+        self[key] = value
+
+    def drop(self, key: Hashable) -> None:
+        """Remove `key`, which must be there."""
+        old = self.pop(key)
+        if self._log is not None:
+            self._log.append((self, key, old))
+
+    def pieces(self) -> Iterator[bytes]:
+        """Everything a digest must see; order of insertion does not count."""
+        for line in sorted(f"{key!r}={_text(value)}" for key, value in self.items()):
+            yield line.encode()
+
+
+def _text(value: Any) -> str:
+    """A stable text of a stored value; a hash object shows its digest."""
+    return value.hexdigest() if hasattr(value, "hexdigest") else repr(value)
+
+
+def _reserve(size: int) -> mmap.mmap:
+    """Private anonymous memory of `size` bytes: address space now, pages only when touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    try:
+        area = mmap.mmap(-1, size, flags=flags)
+    except OSError as error:
+        raise ValueError(
+            f"cannot reserve {size} bytes of address space ({error}); "
+            "build a machine with less memory (smaller TDMRs)"
+        ) from error
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+    return area
