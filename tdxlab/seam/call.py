@@ -1,0 +1,71 @@
+"""One SEAMCALL in flight: its registers, the locks it holds, and how it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tdxlab.abi.registers import Registers
+from tdxlab.journal import Words
+
+if TYPE_CHECKING:
+    from tdxlab.seam.module import Module
+
+Release = Callable[[Words, int], None]
+
+
+class Refused(Exception):
+    """A check failed: the leaf ends with `status`. rcx, rdx: extended information, None to leave
+    the registers alone.
+
+    Raised on refusals only; a call that succeeds pays nothing for it.
+    """
+
+    def __init__(self, status: int, rcx: int | None = None, rdx: int | None = None) -> None:
+        super().__init__(status)
+        self.status = status
+        self.rcx = rcx
+        self.rdx = rdx
+
+
+class ModuleFatal(Exception):
+    """The real module would halt here. The machine's module is dead from now on; `reason` says
+    why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the TDX module halted: {reason}")
+        self.reason = reason
+
+
+class Call:
+    """What every check and leaf is given.
+
+    module: the machine's TDX module. lp: the calling logical processor. leaf, version: from RAX.
+    registers: in and out. locks: held, in the order taken; the module releases them when the leaf
+    ends.
+    """
+
+    __slots__ = ("leaf", "locks", "lp", "module", "registers", "version")
+
+    def __init__(
+        self, module: Module, lp: int, leaf: int, version: int, registers: Registers
+    ) -> None:
+        self.module = module
+        self.lp = lp
+        self.leaf = leaf
+        self.version = version
+        self.registers = registers
+        self.locks: list[tuple[Release, Words, int]] = []
+
+    def release_all(self) -> None:
+        """Let go of every lock, the last one first."""
+        locks = self.locks
+        while locks:
+            release, words, index = locks.pop()
+            release(words, index)
+
+    def keep(self, kept: list[tuple[Release, Words, int]]) -> None:
+        """Leave these locks held when the leaf ends."""
+        for lock in kept:
+            self.locks.remove(lock)

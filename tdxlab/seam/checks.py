@@ -1,0 +1,452 @@
+"""The checks that leaves share, one function each.
+
+A check that fails raises `Refused` with the module's status, operand and extended information; a
+check that passes returns what the leaf goes on with. Locks that a check takes are noted in the call
+and released when the leaf ends.
+
+Source: TDX module 1.5.01, helpers.c, pamt_manager.c, sept_manager.c, tdx_locks.h.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from tdxlab.abi.registers import MASK64
+from tdxlab.abi.status import (
+    OPERAND_ID_OP_STATE,
+    OPERAND_ID_RCX,
+    OPERAND_ID_RDX,
+    OPERAND_ID_SEPT_TREE,
+    OPERAND_ID_TDR,
+    TDX_EPT_ENTRY_STATE_INCORRECT,
+    TDX_EPT_WALK_FAILED,
+    TDX_GPA_RANGE_NOT_BLOCKED,
+    TDX_OP_STATE_INCORRECT,
+    TDX_OPERAND_ADDR_RANGE_ERROR,
+    TDX_OPERAND_BUSY,
+    TDX_OPERAND_INVALID,
+    TDX_PAGE_METADATA_INCORRECT,
+    TDX_TD_FATAL,
+    TDX_TD_KEYS_NOT_CONFIGURED,
+    TDX_TDCS_NOT_ALLOCATED,
+    TDX_TDCX_NUM_INCORRECT,
+    TDX_TLB_TRACKING_NOT_DONE,
+)
+from tdxlab.arch import HPA_MASK, PA_LIMIT
+from tdxlab.journal import Words
+from tdxlab.seam import sept
+from tdxlab.seam.call import Call, ModuleFatal, Refused
+from tdxlab.seam.epochs import is_tracked
+from tdxlab.seam.locks import (
+    release_exclusive,
+    release_exclusive_hp,
+    release_shared,
+    release_shared_hp,
+    try_exclusive,
+    try_exclusive_hp,
+    try_promote_hp,
+    try_shared,
+    try_shared_hp,
+)
+from tdxlab.seam.pamt import TYPE_MASK, TYPE_SHIFT
+from tdxlab.seam.rules import (
+    OP_STATE_ACCEPTS,
+    PT_NDA,
+    PT_REG,
+    PT_RSVD,
+    PT_TDR,
+    SEPT_ACCEPTS,
+    SEPT_STATE_BY_BITS,
+    SEPT_STATE_MASK,
+    TD_KEYS_CONFIGURED,
+    TLB_TRACKING_OP_STATES,
+)
+from tdxlab.seam.td import (
+    MIN_TDCX,
+    MIN_TDVPS_PAGES,
+    TDVPS_PAGES_PER_L2_VM,
+    Td,
+    Tdcs,
+    Tdr,
+    Tdvps,
+)
+
+INVALID_RCX = TDX_OPERAND_INVALID + OPERAND_ID_RCX
+_LEVEL_MASK = 7
+#: Bits of a GPA operand that hold neither level nor address.
+_PAGE_INFO_RESERVED = MASK64 & ~(HPA_MASK | _LEVEL_MASK)
+
+
+# -- physical pages
+
+
+def lock_page(
+    call: Call, hpa: int, operand: int, page_type: int, *, exclusive: bool = False
+) -> int:
+    """Take the 4 KiB page at `hpa`, which must be of `page_type`; returns the index of its PAMT_4K
+    entry.
+
+    Refuses, in order, all with `operand`: OPERAND_INVALID (unaligned, KeyID bits, 2**52 or more);
+    OPERAND_ADDR_RANGE_ERROR (no initialised block); OPERAND_BUSY (1G and 2M entries shared, 4K
+    entry as asked); PAGE_METADATA_INCORRECT (inside a bigger page, or another type).
+    Source: helpers.c, check_and_lock_explicit_private_hpa; pamt_manager.c, pamt_walk.
+    """
+    module = call.module
+    if hpa & module.not_an_hpa:
+        raise Refused(TDX_OPERAND_INVALID + operand)
+    pamt = module.pamt
+    block = pamt.blocks.get(hpa >> 30)
+    if block is None:
+        raise Refused(TDX_OPERAND_ADDR_RANGE_ERROR + operand)
+    entry_1g, first_2m, first_4k = block
+    _lock_parent(call, entry_1g, operand, exclusive)
+    _lock_parent(call, first_2m + (hpa >> 21 & 511) * 2, operand, exclusive)
+    words = pamt.words
+    entry: int = first_4k + (hpa >> 12 & 0x3FFFF) * 2
+    if exclusive:
+        taken, release = try_exclusive_hp(words, entry), release_exclusive_hp
+    else:
+        taken, release = try_shared_hp(words, entry), release_shared_hp
+    if not taken:
+        raise Refused(TDX_OPERAND_BUSY + operand)
+    call.locks.append((release, words, entry))
+    if (words.view[entry] & TYPE_MASK) >> TYPE_SHIFT != page_type:
+        raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
+    return entry
+
+
+def _lock_parent(call: Call, entry: int, operand: int, exclusive: bool) -> None:
+    """Read-lock a 1G or 2M entry on the way down; a PT_REG entry ends the walk too early."""
+    words = call.module.pamt.words
+    if not try_shared_hp(words, entry):
+        raise Refused(TDX_OPERAND_BUSY + operand)
+    call.locks.append((release_shared_hp, words, entry))
+    if (words.view[entry] & TYPE_MASK) >> TYPE_SHIFT == PT_REG:
+        if exclusive:
+            _promote(call, entry, operand)
+        raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
+
+
+def _promote(call: Call, entry: int, operand: int) -> None:
+    """Turn the shared lock that was taken last into an exclusive one."""
+    words = call.module.pamt.words
+    if not try_promote_hp(words, entry):
+        raise Refused(TDX_OPERAND_BUSY + operand)
+    call.locks[-1] = (release_exclusive_hp, words, entry)
+
+
+def lock_free_range(call: Call, hpa: int, operand: int, sept_level: int) -> int:
+    """Take the free 4 KiB or 2 MiB page at `hpa` exclusively; returns the index of its PAMT entry
+    at that size.
+
+    Refuses as `lock_page`; for 2 MiB also PAGE_METADATA_INCORRECT if one of the 512 pages below is
+    not free.
+    Source: helpers.c, check_and_lock_free_range_hpa.
+    """
+    if sept_level == 0:
+        return lock_page(call, hpa, operand, PT_NDA, exclusive=True)
+    pamt = call.module.pamt
+    if hpa & (call.module.not_an_hpa | 0x1FFFFF):
+        raise Refused(TDX_OPERAND_INVALID + operand)
+    block = pamt.blocks.get(hpa >> 30)
+    if block is None:
+        raise Refused(TDX_OPERAND_ADDR_RANGE_ERROR + operand)
+    _lock_parent(call, block[0], operand, exclusive=True)
+    entry = pamt.entry(hpa, 1)
+    if not try_shared_hp(pamt.words, entry):
+        raise Refused(TDX_OPERAND_BUSY + operand)
+    call.locks.append((release_shared_hp, pamt.words, entry))
+    _promote(call, entry, operand)
+    if pamt.page_type(entry) != PT_NDA or not pamt.is_all_free(hpa):
+        raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
+    return entry
+
+
+def lock_mapped_page(call: Call, entry: int, operand: int = OPERAND_ID_RCX) -> None:
+    """Take a PAMT entry that the module found itself, exclusively. Refuses: OPERAND_BUSY."""
+    words = call.module.pamt.words
+    if not try_exclusive_hp(words, entry):
+        raise Refused(TDX_OPERAND_BUSY + operand)
+    call.locks.append((release_exclusive_hp, words, entry))
+
+
+def walk_pamt(call: Call, hpa: int, *, exclusive: bool) -> tuple[int, int]:
+    """Take the PAMT entry that represents `hpa`, whatever its size and type; returns (entry, size
+    code).
+
+    Refuses, with RCX: OPERAND_INVALID; OPERAND_ADDR_RANGE_ERROR; OPERAND_BUSY.
+    Source: pamt_manager.c, pamt_walk.
+    """
+    pamt, words = call.module.pamt, call.module.pamt.words
+    if hpa & call.module.not_an_hpa:
+        raise Refused(INVALID_RCX)
+    if hpa >> 30 not in pamt.blocks:
+        raise Refused(TDX_OPERAND_ADDR_RANGE_ERROR + OPERAND_ID_RCX)
+    for size in (2, 1):
+        entry = pamt.entry(hpa, size)
+        if not try_shared_hp(words, entry):
+            raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_RCX)
+        call.locks.append((release_shared_hp, words, entry))
+        if pamt.page_type(entry) == PT_REG:
+            if exclusive:
+                _promote(call, entry, OPERAND_ID_RCX)
+            return entry, size
+    entry = pamt.entry(hpa, 0)
+    taken = try_exclusive_hp(words, entry) if exclusive else try_shared_hp(words, entry)
+    if not taken:
+        raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_RCX)
+    call.locks.append((release_exclusive_hp if exclusive else release_shared_hp, words, entry))
+    return entry, 0
+
+
+def require_shared_hpa(call: Call, pa: int, alignment: int, operand: int) -> None:
+    """The operand names host memory: aligned, below 2**52, no private KeyID, outside the module's
+    range.
+
+    Refuses: OPERAND_INVALID. Source: helpers.c, shared_hpa_check.
+    """
+    module = call.module
+    seamrr = module.platform.seamrr
+    if (
+        pa & (alignment - 1)
+        or pa >= PA_LIMIT
+        or seamrr.overlaps(pa, alignment)
+        or module.memory.split(pa)[1] >= module.platform.private_keyids[0]
+    ):
+        raise Refused(TDX_OPERAND_INVALID + operand)
+
+
+# -- TDs and vCPUs
+
+
+def lock_tdr(call: Call, hpa: int, operand: int, *, exclusive: bool = False) -> Td:
+    """Take the TD whose TDR is at `hpa`. Refuses as `lock_page` with PT_TDR."""
+    lock_page(call, hpa, operand, PT_TDR, exclusive=exclusive)
+    return Td(call.module.memory, hpa)
+
+
+def lock_owner(call: Call, entry: int) -> Td:
+    """Take, shared, the TD that owns the page of a PAMT entry; only the TDR's own entry is locked.
+
+    Refuses: OPERAND_BUSY with operand TDR. An owner that is no page in use halts the module.
+    Source: helpers.c, lock_and_map_implicit_tdr.
+    """
+    pamt = call.module.pamt
+    tdr = pamt.owner(entry)
+    tdr_entry = pamt.entry(tdr, 0)
+    if pamt.page_type(tdr_entry) in (PT_NDA, PT_RSVD):
+        raise ModuleFatal(f"the owner {tdr:#x} of a page is not a page in use")
+    if not try_shared_hp(pamt.words, tdr_entry):
+        raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_TDR)
+    call.locks.append((release_shared_hp, pamt.words, tdr_entry))
+    return Td(call.module.memory, tdr)
+
+
+def open_tdcs(call: Call, td: Td, *, lock: bool = True) -> None:
+    """The TD is in a state in which this leaf may work on it; maps its TDCS.
+
+    lock: take the op-state lock shared (not when the TDR is held exclusively).
+    Refuses, in order: TD_FATAL; TD_KEYS_NOT_CONFIGURED; TDCS_NOT_ALLOCATED; OPERAND_BUSY with
+    operand OP_STATE; OP_STATE_INCORRECT.
+    Source: helpers.c, check_td_in_correct_build_state and check_any_td_state_map_tdcs_and_lock.
+    """
+    memory = call.module.memory
+    view = memory.words.view
+    if view[td.page + Tdr.FATAL]:
+        raise Refused(TDX_TD_FATAL)
+    if view[td.page + Tdr.LIFECYCLE] != TD_KEYS_CONFIGURED:
+        raise Refused(TDX_TD_KEYS_NOT_CONFIGURED)
+    if view[td.page + Tdr.NUM_TDCX] < MIN_TDCX:
+        raise Refused(TDX_TDCS_NOT_ALLOCATED)
+    td.map_tdcs(memory)
+    if lock:
+        index = td.tdcs + Tdcs.OP_STATE_LOCK
+        if not try_shared_hp(memory.words, index):
+            raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_OP_STATE)
+        call.locks.append((release_shared_hp, memory.words, index))
+    if view[td.tdcs + Tdcs.OP_STATE] not in OP_STATE_ACCEPTS[call.leaf]:
+        raise Refused(TDX_OP_STATE_INCORRECT)
+
+
+def require_tdvps_pages(call: Call, td: Td, tdvpr: int) -> int:
+    """The vCPU has all its pages; returns the word index of the TDVPR's frame. Refuses:
+    TDCX_NUM_INCORRECT.
+
+    Source: helpers.c, map_tdvps.
+    """
+    memory = call.module.memory
+    view = memory.words.view
+    page = memory.frame(tdvpr)
+    l2_vms = view[td.tdcs + Tdcs.NUM_L2_VMS]
+    if view[page + Tdvps.NUM_PAGES] < MIN_TDVPS_PAGES + TDVPS_PAGES_PER_L2_VM * l2_vms:
+        raise Refused(TDX_TDCX_NUM_INCORRECT)
+    return page
+
+
+# -- guest physical addresses and S-EPT entries
+
+
+def page_info(operand: int, lowest: int, highest: int) -> tuple[int, int]:
+    """Split a GPA operand into (gpa, sept_level). Refuses: OPERAND_INVALID with RCX for reserved
+    bits, a level outside lowest..highest, or a GPA that is not aligned to its level. Source:
+    helpers.c, verify_page_info_input.
+    """
+    sept_level = operand & _LEVEL_MASK
+    if operand & _PAGE_INFO_RESERVED or not lowest <= sept_level <= highest:
+        raise Refused(INVALID_RCX)
+    gpa = operand & HPA_MASK
+    if gpa & ((1 << (12 + 9 * sept_level)) - 1):
+        raise Refused(INVALID_RCX)
+    return gpa, sept_level
+
+
+def walk_length(call: Call, td: Td) -> int:
+    """sept_level of the TD's root table: 3 or 4."""
+    return call.module.memory.words.view[td.tdcs + Tdcs.EPTP] >> 3 & 7
+
+
+def is_private_gpa(gpa: int, gpaw_flag: int) -> bool:
+    """True for a legal private GPA: SHARED bit 0 and no bit above the guest's address width.
+
+    gpaw_flag: 0 for 48 bits, 1 for 52. Source: helpers.c, check_gpa_validity.
+    """
+    return gpa >> (51 if gpaw_flag else 47) == 0
+
+
+def require_private_gpa(call: Call, td: Td, gpa: int) -> None:
+    """Refuses, with RCX: OPERAND_INVALID for a GPA that is shared or too wide."""
+    if not is_private_gpa(gpa, call.module.memory.words.view[td.tdcs + Tdcs.GPAW]):
+        raise Refused(INVALID_RCX)
+
+
+def lock_sept_tree(call: Call, td: Td, *, exclusive: bool = False) -> None:
+    """Take the lock of the TD's whole S-EPT. Refuses: OPERAND_BUSY with operand SEPT_TREE."""
+    words = call.module.memory.words
+    index = td.tdcs + Tdcs.SEPT_LOCK
+    taken = try_exclusive(words, index) if exclusive else try_shared(words, index)
+    if not taken:
+        raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_SEPT_TREE)
+    call.locks.append((release_exclusive if exclusive else release_shared, words, index))
+
+
+def walk_sept(call: Call, td: Td, gpa: int, sept_level: int) -> sept.Place:
+    """Walk to the entry for `gpa` at `sept_level`. Refuses, with RCX and details: EPT_WALK_FAILED
+    where the walk stops above it.
+    """
+    memory = call.module.memory
+    place = sept.walk(memory, memory.words.view[td.tdcs + Tdcs.EPTP], gpa, sept_level)
+    if place.sept_level != sept_level:
+        refuse_entry(TDX_EPT_WALK_FAILED + OPERAND_ID_RCX, place)
+    return place
+
+
+def try_lock_septe(call: Call, index: int) -> bool:
+    """Take the lock of the entry at word `index`, bit 11. False while it is held; then the host's
+    wish stays in bit 52.
+
+    Source: tdx_locks.h, sept_lock_acquire_host.
+    """
+    words = call.module.memory.words
+    septe = words.view[index]
+    if septe & sept.LOCKED:
+        words.put(index, septe | sept.HOST_PRIORITY)
+        return False
+    words.put(index, (septe & ~sept.HOST_PRIORITY) | sept.LOCKED)
+    call.locks.append((_release_septe, words, index))
+    return True
+
+
+def lock_septe(call: Call, place: sept.Place) -> sept.Place:
+    """Take the entry's own lock; returns the entry without its lock bits. Refuses, with RCX and
+    details: OPERAND_BUSY.
+    """
+    if not try_lock_septe(call, place.word):
+        refuse_entry(TDX_OPERAND_BUSY + OPERAND_ID_RCX, place)
+    return sept.Place(place.word, place.sept_level, place.septe & ~sept.HOST_PRIORITY)
+
+
+def _release_septe(words: Words, index: int) -> None:
+    septe = words.view[index]
+    if septe & sept.LOCKED:
+        words.put(index, septe & ~sept.LOCKED)
+
+
+def require_sept_state(
+    call: Call, place: sept.Place, status: int = TDX_EPT_ENTRY_STATE_INCORRECT
+) -> int:
+    """The entry is in a state that this leaf goes on with; returns its state bits. Refuses, with
+    RCX and details: `status`.
+    """
+    bits = place.septe & SEPT_STATE_MASK
+    if bits not in SEPT_ACCEPTS[call.leaf]:
+        refuse_entry(status + OPERAND_ID_RCX, place)
+    return bits
+
+
+def refuse_entry(status: int, place: sept.Place) -> NoReturn:
+    """End the leaf with `status` and the extended information of an S-EPT entry in RCX and RDX."""
+    raise Refused(status, *sept.report(place.septe, place.sept_level))
+
+
+def require_tracked(call: Call, td: Td, place: sept.Place, entry: int) -> None:
+    """Once the TD runs: the S-EPT entry is blocked, and no TLB can hold it any more.
+
+    entry: PAMT entry of the page or S-EPT page that the entry maps.
+    Refuses, with RCX: GPA_RANGE_NOT_BLOCKED, details; TLB_TRACKING_NOT_DONE, no details.
+    Source: helpers.h, is_tlb_tracked; the bodies of the leaves.
+    """
+    state = SEPT_STATE_BY_BITS[place.septe & SEPT_STATE_MASK]
+    if not state.tracked or not tracking_applies(call, td):
+        return
+    if not state.blocked:
+        refuse_entry(TDX_GPA_RANGE_NOT_BLOCKED + OPERAND_ID_RCX, place)
+    if not is_tracked(call.module.memory.words, td.tdcs, call.module.pamt.bepoch(entry)):
+        raise Refused(TDX_TLB_TRACKING_NOT_DONE + OPERAND_ID_RCX)
+
+
+def tracking_applies(call: Call, td: Td) -> bool:
+    """True once vCPUs may run, so that a TLB may hold translations."""
+    return call.module.memory.words.view[td.tdcs + Tdcs.OP_STATE] in TLB_TRACKING_OP_STATES
+
+
+def begin_td(call: Call, *, flags: int = 0) -> tuple[int, Td]:
+    """The TD that RDX names, in a state for this leaf; returns (RCX as given, TD). RCX and RDX are
+    cleared first.
+
+    flags: bits of RDX that are not part of the address. Refuses as `lock_tdr` (RDX), then as
+    `open_tdcs`.
+    """
+    registers = call.registers
+    operand, tdr = registers.rcx, registers.rdx & ~flags
+    registers.rcx = registers.rdx = 0
+    td = lock_tdr(call, tdr, OPERAND_ID_RDX)
+    open_tdcs(call, td)
+    return operand, td
+
+
+def begin_entry(
+    call: Call, td: Td, operand: int, lowest: int, highest: int | None, *, exclusive: bool = False
+) -> tuple[int, sept.Place]:
+    """The S-EPT entry that `operand` (GPA and level) names, under its lock; returns (gpa, entry).
+
+    lowest, highest: legal levels, None for the root's. exclusive: how the S-EPT tree is locked.
+    Refuses, in order: `page_info` (RCX); a GPA that is not private (RCX); the tree's lock
+    (SEPT_TREE); EPT_WALK_FAILED (RCX, details); the entry's lock (RCX, details).
+    Source: helpers.c, lock_sept_check_and_walk_internal.
+    """
+    top = walk_length(call, td) if highest is None else highest
+    gpa, sept_level = page_info(operand, lowest, top)
+    require_private_gpa(call, td, gpa)
+    lock_sept_tree(call, td, exclusive=exclusive)
+    return gpa, lock_septe(call, walk_sept(call, td, gpa, sept_level))
+
+
+def begin_mem(
+    call: Call, lowest: int, highest: int | None, *, exclusive: bool = False, flags: int = 0
+) -> tuple[Td, int, sept.Place]:
+    """What most TDH.MEM leaves begin with: `begin_td`, then `begin_entry`; returns (TD, gpa, S-EPT
+    entry under lock).
+    """
+    operand, td = begin_td(call, flags=flags)
+    gpa, place = begin_entry(call, td, operand, lowest, highest, exclusive=exclusive)
+    return td, gpa, place
