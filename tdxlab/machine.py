@@ -1,0 +1,158 @@
+"""One machine: everything that belongs together, and the doors between host, module and guest.
+
+    machine = Machine()                               # default_platform()
+    status = machine.seamcall(0, leaf, registers)     # the host calls the module
+    outcome = machine.tdcall(0, leaf, registers)      # the guest inside LP 0 does
+    machine.touch(0, gpa, write=True)                 # ... or uses memory
+
+Two machines share nothing; both can live in one notebook.
+"""
+
+from __future__ import annotations
+
+from tdxlab.abi.outcome import GuestOutcome
+from tdxlab.abi.registers import Registers
+from tdxlab.arch import EPT_READ, EPT_WRITE, HPA_MASK, shared_bit
+from tdxlab.cpu import Cpu, EptViolation, Translation
+from tdxlab.hardware import Platform, default_platform
+from tdxlab.journal import Journal, Mark
+from tdxlab.memory import Memory
+from tdxlab.seam.exits import EXIT_EPT_VIOLATION, EXIT_TDCALL
+from tdxlab.seam.guest import DEFAULT_INTERRUPTION
+from tdxlab.seam.module import Module
+from tdxlab.seam.td import GPR_NAMES, Td, Tdcs, Tdvps
+from tdxlab.steps import Operation
+from tdxlab.trace import Trace
+
+_LINEAR_ADDRESS_VALID = 1 << 7 | 1 << 8
+
+
+class Machine:
+    """Host RAM, processors and a TDX module that nobody has initialised yet.
+
+    platform: the hardware, `default_platform()` if None. encrypted: False for a machine whose
+    memory reads the same under every KeyID.
+    """
+
+    def __init__(self, platform: Platform | None = None, *, encrypted: bool = True) -> None:
+        self.platform = platform or default_platform()
+        self.journal = Journal()
+        self.trace = Trace(self.journal)
+        self.memory = Memory(
+            self.journal,
+            self.trace,
+            self.platform.ram,
+            keyid_bits=self.platform.keyid_bits,
+            first_private=self.platform.private_keyids[0],
+            encrypted=encrypted,
+        )
+        self.cpu = Cpu(self.journal, self.trace, self.memory, self.platform.package_of)
+        self.module = Module(self.journal, self.platform, self.memory, self.cpu, self.trace)
+
+    # -- the host
+
+    def seamcall(self, lp: int, rax: int, registers: Registers) -> int:
+        """SEAMCALL on `lp`, at once. rax: leaf number | version << 16. registers: in and out.
+        Returns RAX; IN_GUEST after TDH.VP.ENTER. Refuses an LP that does not exist or runs a guest:
+        ValueError.
+        """
+        return self.module.seamcall(lp, rax, registers)
+
+    def seamcall_steps(self, lp: int, rax: int, registers: Registers) -> Operation:
+        """SEAMCALL as a step generator: yields once between its checks and its effects."""
+        return self.module.seamcall_steps(lp, rax, registers)
+
+    # -- the guest
+
+    def vm_exit(
+        self,
+        lp: int,
+        reason: int,
+        registers: Registers,
+        *,
+        rax: int = 0,
+        qualification: int = 0,
+        gpa: int = 0,
+        rip: int | None = None,
+        interruption: int = DEFAULT_INTERRUPTION,
+    ) -> GuestOutcome:
+        """A VM exit of the vCPU inside `lp`; as `Module.vm_exit`."""
+        return self.module.vm_exit(
+            lp,
+            reason,
+            registers,
+            rax=rax,
+            qualification=qualification,
+            gpa=gpa,
+            rip=rip,
+            interruption=interruption,
+        )
+
+    def tdcall(self, lp: int, rax: int, registers: Registers) -> GuestOutcome:
+        """TDCALL by the vCPU inside `lp`. rax: leaf number | version << 16."""
+        return self.vm_exit(lp, EXIT_TDCALL, registers, rax=rax)
+
+    def guest_registers(self, lp: int) -> tuple[int, Registers]:
+        """(RAX, registers) of the vCPU inside `lp` as the module last saved or loaded them."""
+        self.module.require_guest(lp)
+        page = self.memory.frame(self.cpu.vcpu_inside(lp))
+        values = self.memory.words.view[page + Tdvps.GPRS : page + Tdvps.GPRS + len(GPR_NAMES)]
+        named = dict(zip(GPR_NAMES, values, strict=True))
+        rax = named.pop("rax")
+        del named["rsp"]
+        return rax, Registers(**named)
+
+    def touch(
+        self, lp: int, gpa: int, *, write: bool = False, rip: int | None = None
+    ) -> Translation | GuestOutcome:
+        """The guest inside `lp` reads or writes one byte at `gpa`.
+
+        Returns the translation, or what an EPT violation led to. A page translated once stays in
+        the LP's TLB.
+        Refuses an LP without a guest, a negative GPA, a GPA beyond the guest's address width:
+        ValueError.
+        Differs: shared memory has no tables before a host MMU gives it some, so every shared access
+        is a violation.
+        """
+        self.module.require_guest(lp)
+        td = Td(self.memory, self.cpu.tdr_inside(lp))
+        td.map_tdcs(self.memory)
+        view = self.memory.words.view
+        gpaw = 52 if view[td.tdcs + Tdcs.GPAW] else 48
+        if not 0 <= gpa < 1 << gpaw:
+            raise ValueError(
+                f"GPA {gpa:#x} is not in this guest's address space; "
+                f"allowed are 0..{(1 << gpaw) - 1:#x} (GPAW {gpaw})"
+            )
+        access = EPT_READ | EPT_WRITE if write else EPT_READ
+        eptp = view[td.tdcs + Tdcs.EPTP]
+        if gpa >> shared_bit(gpaw):
+            result: Translation | EptViolation = EptViolation(gpa, access)
+        else:
+            result = self.cpu.access(lp, eptp & HPA_MASK, eptp >> 3 & 7, gpa, access)
+        if isinstance(result, Translation):
+            return result
+        rax, registers = self.guest_registers(lp)
+        return self.vm_exit(
+            lp,
+            EXIT_EPT_VIOLATION,
+            registers,
+            rax=rax,
+            qualification=result.qualification | _LINEAR_ADDRESS_VALID,
+            gpa=gpa,
+            rip=rip,
+        )
+
+    # -- the lab bench
+
+    def mark(self) -> Mark:
+        """Remember the present state; changes are recorded from now on."""
+        return self.journal.mark()
+
+    def rewind(self, mark: Mark) -> None:
+        """Go back to the state at `mark`."""
+        self.journal.rewind(mark)
+
+    def digest(self) -> str:
+        """SHA-256 of the whole machine: equal digests, equal machines."""
+        return self.journal.digest()

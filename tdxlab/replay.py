@@ -1,0 +1,190 @@
+"""Replays recorded traces of the real module's code against the model, and says where they differ.
+
+A trace holds a platform, a list of steps and the state at its end. A step is a SEAMCALL, a guest
+event, or bookkeeping (snapshots, host writes, knobs). A SEAMCALL or guest event counts as compared
+only if its status, all its recorded registers, the lock word, the TD's state and the guest's result
+were, and the dumps that follow it; what cannot be compared is skipped and counted with its reason.
+
+    tdxlab replay data/conformance/tdx_module
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from tdxlab.conformance import TraceError, TraceRun
+
+#: Mismatches that are shown in full.
+SHOWN = 10
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Mismatch:
+    """One step that answered differently: where, what was called, and each value that differs
+    (name, recorded, ours).
+    """
+
+    trace: str
+    step: int
+    call: str
+    differences: list[tuple[str, str, str]]
+
+    def lines(self) -> Iterator[str]:
+        """The mismatch for people."""
+        yield f"{self.trace}, step {self.step}: {self.call}"
+        for name, recorded, ours in self.differences:
+            yield f"    {name}: the real code gave {recorded}, the model {ours}"
+
+
+@dataclass
+class Report:
+    """Totals over all traces. steps = compared + skipped; mismatched steps are among the compared
+    ones.
+    """
+
+    traces: int = 0
+    steps: int = 0
+    compared: int = 0
+    skipped_by_reason: Counter[str] = field(default_factory=Counter)
+    mismatched: int = 0
+    first_mismatches: list[Mismatch] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not compared."""
+        return sum(self.skipped_by_reason.values())
+
+    def add(self, run: TraceRun) -> None:
+        """Count one finished trace in."""
+        self.traces += 1
+        self.steps += run.compared + sum(run.skipped.values())
+        self.compared += run.compared
+        self.skipped_by_reason.update(run.skipped)
+        self.mismatched += len(run.mismatches)
+        for step, (call, differences) in sorted(run.mismatches.items()):
+            if len(self.first_mismatches) < SHOWN:
+                self.first_mismatches.append(Mismatch(run.name, step, call, differences))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "traces": self.traces,
+            "steps": self.steps,
+            "compared": self.compared,
+            "skipped": self.skipped,
+            "mismatched": self.mismatched,
+            "skipped_by_reason": dict(self.skipped_by_reason),
+            "first_mismatches": [vars(mismatch) for mismatch in self.first_mismatches],
+        }
+
+    def table(self) -> Iterator[str]:
+        """The report for people."""
+        yield f"{'traces':<12}{self.traces:>9,}"
+        yield f"{'steps':<12}{self.steps:>9,}"
+        yield f"{'compared':<12}{self.compared:>9,}"
+        yield f"{'skipped':<12}{self.skipped:>9,}"
+        for reason, count in sorted(self.skipped_by_reason.items()):
+            yield f"    {count:>7,}  {reason}"
+        yield f"{'mismatched':<12}{self.mismatched:>9,}"
+        for mismatch in self.first_mismatches:
+            yield from mismatch.lines()
+        if self.mismatched > len(self.first_mismatches):
+            yield f"... and {self.mismatched - len(self.first_mismatches):,} more"
+
+
+def find_traces(paths: Sequence[str]) -> list[Path]:
+    """The trace files that `paths` name: files as they are, folders with every *.json and *.json.gz
+    below them, sorted.
+
+    Refuses a path that does not exist and a folder without traces: TraceError.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(
+                p for p in path.rglob("*.json*") if p.name.endswith((".json", ".json.gz"))
+            )
+            if not inside:
+                raise TraceError(f"{path}: no traces (*.json, *.json.gz) in this folder")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise TraceError(f"{path}: no such file or folder")
+    return found
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The trace in `path`. Refuses what is not one: TraceError."""
+    try:
+        raw = path.read_bytes()
+        text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        trace = json.loads(text)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise TraceError(f"{path}: damaged or truncated gzip") from None
+    except UnicodeDecodeError as error:
+        raise TraceError(f"{path}: not a trace: not text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise TraceError(f"{path}: not JSON (line {error.lineno}, column {error.colno})") from None
+    except OSError as error:
+        raise TraceError(f"{path}: {error.strerror}") from None
+    for key in ("platform", "steps"):
+        if not isinstance(trace, dict) or key not in trace:
+            raise TraceError(f"{path}: not a trace of the TDX module (no '{key}')")
+    found: dict[str, Any] = trace
+    return found
+
+
+def replay(paths: Sequence[str], progress: Progress | None = None) -> Report:
+    """Replay every trace that `paths` name. progress: called with (traces done, traces in all).
+
+    Refuses files that are not traces, and steps that it does not understand: TraceError with file
+    and place.
+    """
+    report = Report()
+    files = find_traces(paths)
+    for done, path in enumerate(files):
+        if progress:
+            progress(done, len(files))
+        run = TraceRun(path.name.removesuffix(".gz").removesuffix(".json"))
+        try:
+            run.replay(load(path))
+        except TraceError as error:
+            raise TraceError(
+                str(error) if str(path) in str(error) else f"{path}: {error}"
+            ) from None
+        report.add(run)
+    if progress:
+        progress(len(files), len(files))
+    return report
+
+
+def command(
+    paths: Sequence[str],
+    as_json: bool,
+    out: TextIO,
+    err: TextIO,
+    progress: Progress | None = None,
+) -> int:
+    """`tdxlab replay`: print the report to `out`; returns 0 if nothing mismatched, 1 if something
+    did, 2 for bad input.
+    """
+    try:
+        report = replay(paths, progress)
+    except TraceError as error:
+        print(f"tdxlab replay: {error}", file=err)
+        return 2
+    if as_json:
+        print(json.dumps(report.as_dict()), file=out)
+    else:
+        print("\n".join(report.table()), file=out)
+    return 1 if report.mismatched else 0
