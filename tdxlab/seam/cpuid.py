@@ -3,8 +3,7 @@
 TD_PARAMS carries twelve entries of EAX, EBX, ECX, EDX in the order of `CPUID_CONFIGURABLE`; a bit
 that is 0 in the mask must be 0 in the entry. TDH.SYS.INFO and TDH.SYS.RD print this same table.
 
-Source: TDX module 1.5.01, tdh_mng_init.c, tdx_api_defs.h (md_cpuid_field_id_t); the twelve leaves
-and their order from its metadata.
+Source: TDX module 1.5.01, tdh_mng_init.c, tdh_sys_info.c; tdx_api_defs.h for the field code.
 Differs: of the module's masks only this much is known: bits 2:0 of EDX (cache topology) of leaf 4
 are configurable, bit 0 of leaf 1 EAX is not. Every other bit is refused here, although the real
 module lets the host choose many of them.

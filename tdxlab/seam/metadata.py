@@ -170,7 +170,7 @@ class Access:
         old = self._value(element)
         if row.ones_mean_unset and old == row.size_mask:
             old = 0
-        write_mask = row.write[self.asker]
+        write_mask = row.write[self.asker] & row.size_mask
         if not write_mask & mask:
             raise Refused(TDX_METADATA_FIELD_NOT_WRITABLE)
         if (old ^ value) & mask & ~write_mask:
@@ -194,7 +194,7 @@ class Access:
         A sequence is the id of its first field with the numbers of elements and fields, then 8
         bytes for each element. It goes on while class, number of elements and size stay the same
         and codes are consecutive.
-        Source: TDX module 1.5.01, metadata_generic.c, md_dump_list.
+        Source: TDX module 1.5.01, tdh_sys_rdall.c, metadata_generic.c.
         """
         sequences: list[list[int]] = []
         expected: tuple[int, ...] = ()

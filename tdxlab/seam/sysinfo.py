@@ -5,7 +5,7 @@
 
 Every value is that of a metadata field.
 
-Source: TDX module 1.5.01, tdh_sys_info.c, tdx_api_defs.h (td_sys_info_t).
+Source: TDX module 1.5.01, tdh_sys_info.c.
 Differs: an entry of the CPUID configuration lacks the bits that the module merely allows if the
 processor has them; which bits those are is not known.
 """

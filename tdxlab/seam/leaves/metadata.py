@@ -326,7 +326,7 @@ def tdg_vm_rd(module: Module, td: Td, _tdvpr_page: int, registers: Registers, ve
 
     RCX: 0. RDX: field id; in version 1 all ones ask for the first one. Returns as TDH.MNG.RD.
     Refuses, in order: version above 1 (RAX); RCX; as `_find_readable`.
-    Source: TDX module 1.5.01, tdg_vm_rd.c.
+    Source: TDX module 1.5.01, metadata_td.c.
     """
     raw, gives_next = registers.rdx, version > 0
     _preset(registers, gives_next=gives_next)
@@ -342,7 +342,7 @@ def tdg_vm_wr(module: Module, td: Td, _tdvpr_page: int, registers: Registers, _v
 
     RCX: 0. RDX, R8, R9: as TDH.MNG.WR. Returns R8 = the old value, 0 on refusals.
     Refuses, in order: RCX; METADATA_FIELD_ID_INCORRECT; as `Access.require_change`.
-    Source: TDX module 1.5.01, tdg_vm_wr.c.
+    Source: TDX module 1.5.01, metadata_td.c.
     """
     value, registers.r8 = registers.r8, 0
     if registers.rcx:
@@ -355,7 +355,7 @@ def tdg_vp_rd(module: Module, td: Td, tdvpr_page: int, registers: Registers, _ve
 
     RCX: 0. RDX: field id; all ones ask for the first one. Returns R8 and RDX as TDH.SYS.RD.
     Refuses, in order: RCX; as `_find_readable`.
-    Source: TDX module 1.5.01, tdg_vp_rd.c.
+    Source: TDX module 1.5.01, metadata_vp.c.
     """
     raw = registers.rdx
     _preset(registers, gives_next=True)
@@ -369,7 +369,7 @@ def tdg_vp_wr(module: Module, td: Td, tdvpr_page: int, registers: Registers, _ve
     """TDG.VP.WR: the guest writes one metadata field of the vCPU that asks.
 
     RCX, RDX, R8, R9: as TDG.VM.WR, refusals too.
-    Source: TDX module 1.5.01, tdg_vp_wr.c.
+    Source: TDX module 1.5.01, metadata_vp.c.
     """
     value, registers.r8 = registers.r8, 0
     if registers.rcx:
@@ -382,7 +382,7 @@ def tdg_sys_rd(
 ) -> int:
     """TDG.SYS.RD: the guest reads one metadata field of the module. Registers as TDH.SYS.RD.
 
-    Refuses: as `_find_readable`. Source: TDX module 1.5.01, tdg_sys_rd.c.
+    Refuses: as `_find_readable`. Source: TDX module 1.5.01, metadata_sys.c.
     """
     raw = registers.rdx
     _preset(registers, gives_next=True)
