@@ -102,7 +102,7 @@ class Lab:
             must(lp, abi.TDH_MNG_KEY_CONFIG, rcx=self.tdr)
         for _ in range(6 + l2_vms):
             must(0, abi.TDH_MNG_ADDCX, rcx=next(self._free), rdx=self.tdr)
-        self.host.write(
+        self.write(
             PARAMS,
             make_td_params(
                 max_vcpus=4,
@@ -115,6 +115,9 @@ class Lab:
         must(0, abi.TDH_MNG_INIT, rcx=self.tdr, rdx=PARAMS)
         self.tdvpr = self.make_vcpu(5 + 3 * l2_vms)
         must(0, abi.TDH_VP_INIT, rcx=self.tdvpr)
+
+    def write(self, hpa: int, data: bytes) -> None:
+        self.machine.memory.write(hpa, data)
 
     def make_vcpu(self, pages: int) -> int:
         """The TDVPR of a vCPU with so many pages more, not initialised."""
@@ -817,7 +820,7 @@ def parse(raw: bytes) -> tuple[dict[int, int], list[FieldId]]:
 
 
 def test_sys_rdall_writes_36_sequences_in_3128_bytes(lab: Lab) -> None:
-    lab.host.write(BUFFER, b"\xaa" * 4096)
+    lab.write(BUFFER, b"\xaa" * 4096)
     status, registers = lab.seamcall(abi.TDH_SYS_RDALL, rcx=5, rdx=BUFFER, r8=MASK64)
     assert status == TDX_SUCCESS
     assert registers == Registers(rcx=5, rdx=BUFFER, r8=MASK64)
@@ -850,7 +853,7 @@ def test_sys_rdall_can_begin_inside_a_row(lab: Lab) -> None:
     ],
 )
 def test_sys_rdall_refuses_a_start_that_is_no_field(lab: Lab, start: int) -> None:
-    lab.host.write(BUFFER, b"\xaa" * 4096)
+    lab.write(BUFFER, b"\xaa" * 4096)
     status, registers = lab.seamcall(abi.TDH_SYS_RDALL, rdx=BUFFER, r8=start)
     assert (status, registers.r8) == (TDX_METADATA_FIELD_ID_INCORRECT, MASK64)
     assert lab.machine.memory.read(BUFFER, 4096) == b"\xaa" * 4096
@@ -883,7 +886,7 @@ def test_dump_for_the_guest_has_only_what_the_guest_may_read(lab: Lab) -> None:
 
 
 def test_sys_info_writes_both_structures(lab: Lab) -> None:
-    lab.host.write(BUFFER, b"\xaa" * 4096)
+    lab.write(BUFFER, b"\xaa" * 4096)
     status, registers = lab.seamcall(
         abi.TDH_SYS_INFO, rcx=BUFFER, rdx=2048, r8=CMR_BUFFER, r9=99, r10=7
     )
@@ -918,7 +921,7 @@ def test_sys_info_writes_both_structures(lab: Lab) -> None:
 def test_sys_info_refuses_its_operands_in_order(
     lab: Lab, operands: dict[str, int], operand: int, zeroed: bool
 ) -> None:
-    lab.host.write(BUFFER, b"\xaa" * 1024)
+    lab.write(BUFFER, b"\xaa" * 1024)
     status, registers = lab.seamcall(abi.TDH_SYS_INFO, **operands)
     assert status == TDX_OPERAND_INVALID + operand
     assert (registers.rcx, registers.r8) == (operands["rcx"], operands["r8"])
