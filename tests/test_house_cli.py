@@ -53,6 +53,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["lab", "--port", "70000"], "'70000'"),
         (["lab", "--port", "0"], "'0'"),
         (["lab", "--port", "http"], "'http'"),
+        (["replay", "no/such/trace.json"], "no/such/trace.json"),
+        (["replay", "pyproject.toml"], "pyproject.toml"),
         (["lab", "--no-browser", "--dir", "pyproject.toml/mine"], "pyproject.toml/mine"),
         (["lab", "--no-browser", "--dir", "pyproject.toml"], "pyproject.toml"),
     ],
