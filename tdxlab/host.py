@@ -1,10 +1,11 @@
-"""The smallest host that can use the module: it boots it, and lays things out in low memory.
+"""The smallest host that can use the module: it boots it, builds TDs, runs them and takes them
+apart.
 
-What a real host does around this (allocating pages, keeping a mirror of the S-EPT, answering
-faults) is the kernel's part and not here. Every SEAMCALL goes through `Host.call`, which counts
-nothing and decides nothing.
+What a real host does around this (a mirror of the S-EPT, faults, memslots) is the kernel's part and
+not here. Every call goes through `Host.call`; a call that has to succeed through `Host.must`.
 
-Source: Linux 6.16, arch/x86/virt/vmx/tdx/tdx.c for the order of the boot calls.
+Source: Linux 6.16, arch/x86/virt/vmx/tdx/tdx.c and arch/x86/kvm/vmx/tdx.c, for the order of the
+calls.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from tdxlab.abi import leaves as abi
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import describe, is_error
 from tdxlab.abi.structs import make_tdmr_info
+from tdxlab.arch import PAGE_SIZE
 from tdxlab.hardware import TdmrPlan
 from tdxlab.machine import Machine
+from tdxlab.tape import Tape
 
 #: Where the host keeps its buffers in low memory.
 TDMR_INFO_BUFFER = 0x1000_0000
@@ -22,7 +25,6 @@ TD_PARAMS_BUFFER = 0x1001_0000
 SOURCE_PAGE_BUFFER = 0x1002_0000
 
 _PAMT_ENTRY = 16
-_PAGE = 4096
 
 
 class SeamcallFailed(RuntimeError):
@@ -37,15 +39,25 @@ class SeamcallFailed(RuntimeError):
 
 
 class Host:
-    """The host of one machine."""
+    """The host of one machine: its calls, its free pages and its free KeyIDs.
 
-    def __init__(self, machine: Machine) -> None:
+    machine: a machine nobody else hosts. tape: if given, every call is recorded there.
+    """
+
+    def __init__(self, machine: Machine, tape: Tape | None = None) -> None:
         self.machine = machine
+        self.tape = tape
+        self.door: Machine | Tape = machine if tape is None else tape
+        self._free = [(tdmr.base, tdmr.base + tdmr.size) for tdmr in machine.platform.tdmrs]
+        self._returned: list[int] = []
+        lowest, highest = machine.platform.private_keyids
+        reserved = machine.platform.global_keyid
+        self._keyids = [keyid for keyid in range(highest, lowest - 1, -1) if keyid != reserved]
 
     def call(self, lp: int, leaf: int, **registers: int) -> tuple[int, Registers]:
         """SEAMCALL `leaf` (version 0) on `lp`; returns (RAX, registers afterwards)."""
         values = Registers(**registers)
-        return self.machine.seamcall(lp, leaf, values), values
+        return self.door.seamcall(lp, leaf, values), values
 
     def must(self, lp: int, leaf: int, **registers: int) -> Registers:
         """As `call`, for a SEAMCALL that has to succeed. Raises SeamcallFailed."""
@@ -54,20 +66,23 @@ class Host:
             raise SeamcallFailed(leaf, status)
         return values
 
-    def write(self, hpa: int, data: bytes) -> None:
-        """Store `data` in host memory. Refuses addresses without RAM: ValueError."""
-        self.machine.memory.require_ram(hpa, len(data))
-        self.machine.memory.write(hpa, data)
+    def phase(self, name: str) -> None:
+        """Label what comes next on the tape."""
+        if self.tape is not None:
+            self.tape.phase = name
+
+    # -- bringing the module up
 
     def boot(self, *, tdmr_init: bool = True) -> None:
-        """Bring the module up: SYS.INIT, LP.INIT everywhere, SYS.CONFIG, a key for each package,
-        and the TDMRs.
+        """SYS.INIT, LP.INIT everywhere, SYS.CONFIG, the module's key on each package, and the
+        TDMRs.
         """
         cpu, platform = self.machine.cpu, self.machine.platform
+        self.phase("boot")
         self.must(0, abi.TDH_SYS_INIT)
         for lp in cpu.lps:
             self.must(lp, abi.TDH_SYS_LP_INIT)
-        self.write_tdmr_infos(TDMR_INFO_BUFFER, platform.tdmrs)
+        self._write_tdmr_infos()
         self.must(
             0,
             abi.TDH_SYS_CONFIG,
@@ -76,30 +91,72 @@ class Host:
             r8=platform.global_keyid,
         )
         for package in cpu.packages:
-            self.must(cpu.package_of.index(package), abi.TDH_SYS_KEY_CONFIG)
+            self.must(self.lp_of(package), abi.TDH_SYS_KEY_CONFIG)
         if tdmr_init:
             for tdmr in platform.tdmrs:
-                self.init_tdmr(tdmr)
+                self._init_tdmr(tdmr)
 
-    def init_tdmr(self, tdmr: TdmrPlan) -> None:
-        """Initialise the PAMT of a whole TDMR."""
+    def lp_of(self, package: int) -> int:
+        """The first LP of a package that runs no guest; of all of them the first."""
+        cpu = self.machine.cpu
+        lps = [lp for lp in cpu.lps if cpu.package_of[lp] == package]
+        idle = [lp for lp in lps if not cpu.vcpu_inside(lp)]
+        return (idle or lps)[0]
+
+    def _init_tdmr(self, tdmr: TdmrPlan) -> None:
         while self.must(0, abi.TDH_SYS_TDMR_INIT, rcx=tdmr.base).rdx < tdmr.base + tdmr.size:
             pass
 
-    def write_tdmr_infos(self, hpa: int, tdmrs: tuple[TdmrPlan, ...]) -> None:
-        """Lay out TDMR_INFOs and, at `hpa`, the array of pointers to them."""
+    def _write_tdmr_infos(self) -> None:
+        """Lay out a TDMR_INFO for each TDMR, and the array of pointers to them."""
         pamt = self.machine.platform.pamt_region
-        for number, plan in enumerate(tdmrs):
-            info = hpa + _PAGE * (number + 1)
-            self.write(hpa + 8 * number, info.to_bytes(8, "little"))
-            self.write(info, _tdmr_info(plan, pamt))
+        for number, plan in enumerate(self.machine.platform.tdmrs):
+            info = TDMR_INFO_BUFFER + PAGE_SIZE * (number + 1)
+            self.door.store(TDMR_INFO_BUFFER + 8 * number, info.to_bytes(8, "little"))
+            self.door.store(info, _tdmr_info(plan, pamt))
             pamt += sum(_pamt_sizes(plan))
+
+    # -- pages and KeyIDs
+
+    def take_page(self, size: int = PAGE_SIZE) -> int:
+        """HPA of a free page of `size` bytes (4 KiB or 2 MiB) in a TDMR; the lowest that fits.
+
+        Refuses when memory is used up: ValueError.
+        """
+        if size == PAGE_SIZE and self._returned:
+            return self._returned.pop()
+        for number, (start, end) in enumerate(self._free):
+            aligned = (start + size - 1) & -size
+            if aligned + size <= end:
+                self._returned += range(aligned - PAGE_SIZE, start - PAGE_SIZE, -PAGE_SIZE)
+                self._free[number] = (aligned + size, end)
+                return aligned
+        raise ValueError(
+            f"no free page of {size} bytes is left in the TDMRs; tear a TD down, or build a "
+            "machine with default_platform(tdmr_gib=...)"
+        )
+
+    def give_back(self, hpa: int) -> None:
+        """A 4 KiB page is free again."""
+        self._returned.append(hpa)
+
+    def take_keyid(self) -> int:
+        """A private KeyID that no TD of this host has. Refuses when all are taken: ValueError."""
+        if not self._keyids:
+            raise ValueError("every private KeyID belongs to a TD; tear one down first")
+        return self._keyids.pop()
+
+    def give_keyid_back(self, keyid: int) -> None:
+        """A KeyID is free again."""
+        self._keyids.append(keyid)
 
 
 def _pamt_sizes(plan: TdmrPlan) -> tuple[int, int, int]:
     """Bytes of the PAMT_1G, PAMT_2M and PAMT_4K of a TDMR, whole pages each."""
     entries = (plan.size >> 30, plan.size >> 21, plan.size >> 12)
-    one_gib, two_mib, four_kib = (-(-count * _PAMT_ENTRY // _PAGE) * _PAGE for count in entries)
+    one_gib, two_mib, four_kib = (
+        -(-count * _PAMT_ENTRY // PAGE_SIZE) * PAGE_SIZE for count in entries
+    )
     return one_gib, two_mib, four_kib
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
-from tdxlab.arch import EPT_READ, EPT_WRITE, HPA_MASK, shared_bit
+from tdxlab.arch import EPT_READ, EPT_WRITE, HPA_MASK, PAGE_SIZE, shared_bit
 from tdxlab.cpu import Cpu, EptViolation, Translation
 from tdxlab.hardware import Platform, default_platform
 from tdxlab.journal import Journal, Mark
 from tdxlab.memory import Memory
-from tdxlab.seam.exits import EXIT_EPT_VIOLATION, EXIT_TDCALL
+from tdxlab.seam.exits import EXIT_EPT_VIOLATION, EXIT_INTERRUPT, EXIT_TDCALL
 from tdxlab.seam.guest import DEFAULT_INTERRUPTION
 from tdxlab.seam.module import Module
 from tdxlab.seam.td import GPR_NAMES, Td, Tdcs, Tdvps
@@ -62,6 +62,26 @@ class Machine:
         """SEAMCALL as a step generator: yields once between its checks and its effects."""
         return self.module.seamcall_steps(lp, rax, registers)
 
+    def store(self, hpa: int, data: bytes) -> None:
+        """The host stores `data` at `hpa` under KeyID 0. Refuses addresses without RAM:
+        ValueError.
+        """
+        self.memory.require_ram(hpa, len(data))
+        self.memory.write(hpa, data)
+
+    def clear(self, hpa: int) -> None:
+        """The host clears the page at `hpa`: 64 MOVDIR64B stores under KeyID 0, which end poison
+        too.
+
+        Refuses an address that is not 4 KiB aligned or has no RAM: ValueError.
+        """
+        if hpa % PAGE_SIZE:
+            raise ValueError(
+                f"{hpa:#x} is not the address of a page; did you mean {hpa & -PAGE_SIZE:#x}?"
+            )
+        self.memory.require_ram(hpa, PAGE_SIZE)
+        self.memory.clear_page(hpa)
+
     # -- the guest
 
     def vm_exit(
@@ -87,6 +107,11 @@ class Machine:
             rip=rip,
             interruption=interruption,
         )
+
+    def interrupt(self, lp: int) -> GuestOutcome:
+        """An external interrupt takes the vCPU out of `lp`; an IPI from the host does this."""
+        rax, registers = self.guest_registers(lp)
+        return self.vm_exit(lp, EXIT_INTERRUPT, registers, rax=rax)
 
     def tdcall(self, lp: int, rax: int, registers: Registers) -> GuestOutcome:
         """TDCALL by the vCPU inside `lp`. rax: leaf number | version << 16."""

@@ -56,7 +56,7 @@ class Trace:
         index = min(leaf, _LEAVES - 1)
         words = self.words
         words.put(index, words.view[index] + 1)
-        if status >> 63:
+        if status > 0 and status >> 63:
             words.put(_REFUSED + index, words.view[_REFUSED + index] + 1)
 
     def count_tdcall(self, leaf: int) -> None:

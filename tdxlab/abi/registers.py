@@ -66,6 +66,11 @@ class Registers:
         """Every register by name, zeros included, in the order of REGISTER_NAMES."""
         return {name: getattr(self, name) for name in REGISTER_NAMES}
 
+    def assign(self, other: Registers) -> None:
+        """Take over every value of `other`."""
+        for name in REGISTER_NAMES:
+            setattr(self, name, getattr(other, name))
+
     def copy(self) -> Registers:
         """A new set with the same values."""
         return Registers(**self.as_dict())
