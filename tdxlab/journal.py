@@ -94,10 +94,15 @@ class Journal:
         if any(held is mark for held in self._marks):
             self.release(mark)
 
-    def digest(self) -> str:
-        """SHA-256 over the content of every store: equal digests, equal machines."""
+    def digest(self, without: Words | Table | None = None) -> str:
+        """SHA-256 over the content of every store: equal digests, equal machines.
+
+        without: a store that does not count.
+        """
         total = hashlib.sha256()
         for store in self._stores:
+            if store is without:
+                continue
             for piece in store.pieces():
                 total.update(piece)
             total.update(b"|")
@@ -122,9 +127,11 @@ class Words:
 
     Read through `view[i]`, write through `put(i, value)` or `fill`. Look `put` up at each use: it
     changes when recording starts or stops.
+    extent: words from here on were never written; who writes upwards may lower it, so that a digest
+    need not look at them.
     """
 
-    __slots__ = ("_log", "_raw", "itemsize", "put", "view")
+    __slots__ = ("_log", "_raw", "extent", "itemsize", "put", "view")
 
     put: Callable[[int, int], None]
     view: memoryview[int]
@@ -142,6 +149,7 @@ class Words:
         buffer: mmap.mmap | bytearray = _reserve(size) if sparse else bytearray(size)
         self._raw = memoryview(buffer)
         self.view = self._raw.cast(typecode)
+        self.extent = len(self.view)
         journal.attach(self)
 
     def __len__(self) -> int:
@@ -170,11 +178,11 @@ class Words:
 
     def touched(self) -> Iterator[tuple[int, bytes]]:
         """(byte offset, content) of each 4 KiB chunk that is not all zero."""
-        raw = self._raw
+        raw = self._raw[: self.extent * self.itemsize]
         for offset in range(0, len(raw), _CHUNK):
-            chunk = raw[offset : offset + _CHUNK]
+            chunk = bytes(raw[offset : offset + _CHUNK])
             if chunk != _ZERO_CHUNK[: len(chunk)]:
-                yield offset, bytes(chunk)
+                yield offset, chunk
 
     def pieces(self) -> Iterator[bytes]:
         """Everything a digest must see."""

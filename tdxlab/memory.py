@@ -112,6 +112,7 @@ class Memory:
         self._tags = Words(journal, pfns, typecode="H", sparse=True)
         self._mixed = Table(journal)
         self._cursor = Words(journal, 1)
+        self.words.extent = 0
 
     # -- addresses
 
@@ -145,6 +146,7 @@ class Memory:
         if base is None:
             base = self._cursor.view[0]
             self._cursor.put(0, base + WORDS_PER_PAGE)
+            self.words.extent = max(self.words.extent, base + WORDS_PER_PAGE)
             self.frames.put(pfn, base)
         return int(base)
 
