@@ -55,6 +55,9 @@ def test_contracts_are_kept(copied_tree: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "line", "broken"),
     [
+        ("kvm/external.py", "from tdxlab.seam import sept", "kvm and seam never meet"),
+        ("seam/sept.py", "from tdxlab.kvm import external", "kvm and seam never meet"),
+        ("kvm/external.py", "from tdxlab.abi import leaves", "know nothing of TDX"),
         ("bits.py", "from tdxlab import memory", "Layers"),
         ("memory.py", "from tdxlab import cpu", "Layers"),
         ("cpu.py", "import numpy", "standard library"),
