@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench import baseline as facts
-from bench.baseline import TYPE, Baseline
+from tdxlab.bench import baseline as facts
+from tdxlab.bench.baseline import TYPE, Baseline
 
 TRACES = Path(__file__).parent.parent / "data" / "conformance" / "tdx_module"
 REGISTERS = ("rcx", "rdx", "r8", "r9", "r10", "r11")

@@ -4,20 +4,20 @@ The MMU keeps a mirror EPT in plain memory. Whenever a mirror entry really chang
 four hooks, and a back end carries the change over to the external EPT, which the CPU walks. For a
 TD the back end is KVM's TDX code, and the external EPT is the Secure EPT.
 
-    mirror change                              hook                   lock held     steps yielded by
-    a non-leaf entry is installed              link_external_spt      shared        the back end
-    a leaf entry is installed                  set_external_spte      shared        the back end
-    a present leaf becomes non-present         remove_external_spte   exclusive     the back end
-    a page table is unlinked                   free_external_spt      exclusive     the back end
+    mirror change                          hook                    mmu_lock
+    a non-leaf entry is installed          link_external_spt       shared
+    a leaf entry is installed              set_external_spte       shared
+    a present leaf becomes non-present     remove_external_spte    exclusive
+    a page table is unlinked               free_external_spt       exclusive
 
-Installing happens while the mirror entry is frozen, so nobody else can change it meanwhile: a hook
-that fails leaves the MMU to restore the old value and retry. Removing happens after the mirror entry
-was cleared, and cannot be refused: a failing remove is a bug that ends the VM, a failing free leaks
-the page. The TDP MMU stays free of TDX: it sees this protocol and nothing else.
+Installing happens while the mirror entry is frozen, so nobody else can change it meanwhile; where a
+hook fails, the MMU restores the old value and retries. Removing happens after the mirror entry was
+cleared, and cannot be refused: a failing remove is a bug that ends the VM, a failing free leaks the
+page. The TDP MMU stays free of TDX: it sees this protocol and nothing else.
 
 Source: Linux 6.16, arch/x86/include/asm/kvm_host.h (struct kvm_x86_ops), arch/x86/kvm/mmu/tdp_mmu.c.
-Differs: the hooks are step generators, so that other vCPUs can run in the middle of one; Linux's
-take the VM as first argument, here the object is bound to its VM.
+Differs: the hooks are step generators, so that other vCPUs can run in the middle of one; in Linux
+they take the VM as first argument, here the object is bound to its VM.
 """
 
 from __future__ import annotations

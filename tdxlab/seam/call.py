@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tdxlab.abi.registers import Registers
 from tdxlab.journal import Words
@@ -11,7 +11,9 @@ from tdxlab.journal import Words
 if TYPE_CHECKING:
     from tdxlab.seam.module import Module
 
-Release = Callable[[Words, int], None]
+#: How to let go of a lock, where it is, and which (an index, or several).
+Release = Callable[[Words, Any], None]
+Lock = tuple[Release, Words, Any]
 
 
 class Refused(Exception):
@@ -42,11 +44,10 @@ class Call:
     """What every check and leaf is given.
 
     module: the machine's TDX module. lp: the calling logical processor. leaf, version: from RAX.
-    registers: in and out. locks: held, in the order taken; the module releases them when the leaf
-    ends.
-    """
+    registers: in and out. status: RAX once the leaf has ended. locks: held, in the order taken; the
+    module releases them when the leaf ends."""
 
-    __slots__ = ("leaf", "locks", "lp", "module", "registers", "version")
+    __slots__ = ("leaf", "locks", "lp", "module", "registers", "status", "version")
 
     def __init__(
         self, module: Module, lp: int, leaf: int, version: int, registers: Registers
@@ -56,16 +57,24 @@ class Call:
         self.leaf = leaf
         self.version = version
         self.registers = registers
-        self.locks: list[tuple[Release, Words, int]] = []
+        self.locks: list[Lock] = []
+        self.status = 0
+
+    def refuse(self, refusal: Refused) -> None:
+        """The leaf ends with a refusal: its status, and its extended information if it has some."""
+        self.status = refusal.status
+        if refusal.rcx is not None:
+            self.registers.rcx = refusal.rcx
+        if refusal.rdx is not None:
+            self.registers.rdx = refusal.rdx
 
     def release_all(self) -> None:
         """Let go of every lock, the last one first."""
-        locks = self.locks
-        while locks:
-            release, words, index = locks.pop()
-            release(words, index)
+        for release, words, which in reversed(self.locks):
+            release(words, which)
+        self.locks.clear()
 
-    def keep(self, kept: list[tuple[Release, Words, int]]) -> None:
+    def keep(self, kept: list[Lock]) -> None:
         """Leave these locks held when the leaf ends."""
         for lock in kept:
             self.locks.remove(lock)

@@ -40,10 +40,13 @@ from tdxlab.seam.epochs import is_tracked
 from tdxlab.seam.locks import (
     release_exclusive,
     release_exclusive_hp,
+    release_path_exclusive_hp,
+    release_path_shared_hp,
     release_shared,
     release_shared_hp,
     try_exclusive,
     try_exclusive_hp,
+    try_path_hp,
     try_promote_hp,
     try_shared,
     try_shared_hp,
@@ -80,16 +83,13 @@ _PAGE_INFO_RESERVED = MASK64 & ~(HPA_MASK | _LEVEL_MASK)
 # -- physical pages
 
 
-def lock_page(
-    call: Call, hpa: int, operand: int, page_type: int, *, exclusive: bool = False
-) -> int:
-    """Take the 4 KiB page at `hpa`, which must be of `page_type`; returns the index of its PAMT_4K
-    entry.
+def walk_pamt(call: Call, hpa: int, operand: int, *, exclusive: bool) -> tuple[int, int]:
+    """Take the PAMT entry that represents `hpa`, whatever its type; returns (entry, size code).
 
+    The 1G and 2M entries on the way are taken shared, the last one as asked.
     Refuses, in order, all with `operand`: OPERAND_INVALID (unaligned, KeyID bits, 2**52 or more);
-    OPERAND_ADDR_RANGE_ERROR (no initialised block); OPERAND_BUSY (1G and 2M entries shared, 4K
-    entry as asked); PAGE_METADATA_INCORRECT (inside a bigger page, or another type).
-    Source: helpers.c, check_and_lock_explicit_private_hpa; pamt_manager.c, pamt_walk.
+    OPERAND_ADDR_RANGE_ERROR (no initialised block); OPERAND_BUSY.
+    Source: pamt_manager.c, pamt_walk.
     """
     module = call.module
     if hpa & module.not_an_hpa:
@@ -99,32 +99,57 @@ def lock_page(
     if block is None:
         raise Refused(TDX_OPERAND_ADDR_RANGE_ERROR + operand)
     entry_1g, first_2m, first_4k = block
-    _lock_parent(call, entry_1g, operand, exclusive)
-    _lock_parent(call, first_2m + (hpa >> 21 & 511) * 2, operand, exclusive)
+    entry_2m = first_2m + (hpa >> 21 & 511) * 2
+    entry = first_4k + (hpa >> 12 & 0x3FFFF) * 2
     words = pamt.words
-    entry: int = first_4k + (hpa >> 12 & 0x3FFFF) * 2
-    if exclusive:
-        taken, release = try_exclusive_hp(words, entry), release_exclusive_hp
-    else:
-        taken, release = try_shared_hp(words, entry), release_shared_hp
+    if not try_path_hp(words, (entry_1g, entry_2m, entry), exclusive):
+        return _walk_slowly(call, (entry_1g, entry_2m, entry), operand, exclusive)
+    release = release_path_exclusive_hp if exclusive else release_path_shared_hp
+    call.locks.append((release, words, (entry_1g, entry_2m, entry)))
+    return entry, 0
+
+
+def _walk_slowly(
+    call: Call, path: tuple[int, int, int], operand: int, exclusive: bool
+) -> tuple[int, int]:
+    """The walk where something is in the way: a bigger page ends it early, a lock refuses it."""
+    words = call.module.pamt.words
+    for entry, size in zip(path, (2, 1), strict=False):
+        if _lock_parent(call, entry, operand):
+            if exclusive:
+                _promote(call, entry, operand)
+            return entry, size
+    entry = path[-1]
+    taken = try_exclusive_hp(words, entry) if exclusive else try_shared_hp(words, entry)
     if not taken:
         raise Refused(TDX_OPERAND_BUSY + operand)
-    call.locks.append((release, words, entry))
-    if (words.view[entry] & TYPE_MASK) >> TYPE_SHIFT != page_type:
+    call.locks.append((release_exclusive_hp if exclusive else release_shared_hp, words, entry))
+    return entry, 0
+
+
+def lock_page(
+    call: Call, hpa: int, operand: int, page_type: int, *, exclusive: bool = False
+) -> int:
+    """Take the 4 KiB page at `hpa`, which must be of `page_type`; returns its PAMT_4K entry.
+
+    Refuses, all with `operand`: as `walk_pamt`; then PAGE_METADATA_INCORRECT (inside a bigger page,
+    or another type).
+    Source: helpers.c, check_and_lock_explicit_private_hpa.
+    """
+    entry, size = walk_pamt(call, hpa, operand, exclusive=exclusive)
+    word = call.module.pamt.words.view[entry]
+    if size or (word & TYPE_MASK) >> TYPE_SHIFT != page_type:
         raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
     return entry
 
 
-def _lock_parent(call: Call, entry: int, operand: int, exclusive: bool) -> None:
-    """Read-lock a 1G or 2M entry on the way down; a PT_REG entry ends the walk too early."""
+def _lock_parent(call: Call, entry: int, operand: int) -> bool:
+    """Take a 1G or 2M entry shared; True if it maps a page, so that the walk ends there."""
     words = call.module.pamt.words
     if not try_shared_hp(words, entry):
         raise Refused(TDX_OPERAND_BUSY + operand)
     call.locks.append((release_shared_hp, words, entry))
-    if (words.view[entry] & TYPE_MASK) >> TYPE_SHIFT == PT_REG:
-        if exclusive:
-            _promote(call, entry, operand)
-        raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
+    return (words.view[entry] & TYPE_MASK) >> TYPE_SHIFT == PT_REG
 
 
 def _promote(call: Call, entry: int, operand: int) -> None:
@@ -151,11 +176,11 @@ def lock_free_range(call: Call, hpa: int, operand: int, sept_level: int) -> int:
     block = pamt.blocks.get(hpa >> 30)
     if block is None:
         raise Refused(TDX_OPERAND_ADDR_RANGE_ERROR + operand)
-    _lock_parent(call, block[0], operand, exclusive=True)
-    entry = pamt.entry(hpa, 1)
-    if not try_shared_hp(pamt.words, entry):
-        raise Refused(TDX_OPERAND_BUSY + operand)
-    call.locks.append((release_shared_hp, pamt.words, entry))
+    entry_1g, entry = block[0], pamt.entry(hpa, 1)
+    if _lock_parent(call, entry_1g, operand):
+        _promote(call, entry_1g, operand)
+        raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
+    _lock_parent(call, entry, operand)
     _promote(call, entry, operand)
     if pamt.page_type(entry) != PT_NDA or not pamt.is_all_free(hpa):
         raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
@@ -168,35 +193,6 @@ def lock_mapped_page(call: Call, entry: int, operand: int = OPERAND_ID_RCX) -> N
     if not try_exclusive_hp(words, entry):
         raise Refused(TDX_OPERAND_BUSY + operand)
     call.locks.append((release_exclusive_hp, words, entry))
-
-
-def walk_pamt(call: Call, hpa: int, *, exclusive: bool) -> tuple[int, int]:
-    """Take the PAMT entry that represents `hpa`, whatever its size and type; returns (entry, size
-    code).
-
-    Refuses, with RCX: OPERAND_INVALID; OPERAND_ADDR_RANGE_ERROR; OPERAND_BUSY.
-    Source: pamt_manager.c, pamt_walk.
-    """
-    pamt, words = call.module.pamt, call.module.pamt.words
-    if hpa & call.module.not_an_hpa:
-        raise Refused(INVALID_RCX)
-    if hpa >> 30 not in pamt.blocks:
-        raise Refused(TDX_OPERAND_ADDR_RANGE_ERROR + OPERAND_ID_RCX)
-    for size in (2, 1):
-        entry = pamt.entry(hpa, size)
-        if not try_shared_hp(words, entry):
-            raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_RCX)
-        call.locks.append((release_shared_hp, words, entry))
-        if pamt.page_type(entry) == PT_REG:
-            if exclusive:
-                _promote(call, entry, OPERAND_ID_RCX)
-            return entry, size
-    entry = pamt.entry(hpa, 0)
-    taken = try_exclusive_hp(words, entry) if exclusive else try_shared_hp(words, entry)
-    if not taken:
-        raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_RCX)
-    call.locks.append((release_exclusive_hp if exclusive else release_shared_hp, words, entry))
-    return entry, 0
 
 
 def require_shared_hpa(call: Call, pa: int, alignment: int, operand: int) -> None:
@@ -362,7 +358,9 @@ def lock_septe(call: Call, place: sept.Place) -> sept.Place:
     """
     if not try_lock_septe(call, place.word):
         refuse_entry(TDX_OPERAND_BUSY + OPERAND_ID_RCX, place)
-    return sept.Place(place.word, place.sept_level, place.septe & ~sept.HOST_PRIORITY)
+    if place.septe & sept.HOST_PRIORITY:
+        return place._replace(septe=place.septe & ~sept.HOST_PRIORITY)
+    return place
 
 
 def _release_septe(words: Words, index: int) -> None:

@@ -19,6 +19,9 @@ HOST_PRIORITY = 2
 LOCK_MASK = 0xFFFF
 
 _HP_READER = 4
+_CONTENDED = EXCLUSIVE | HOST_PRIORITY
+#: A parent in a PAMT: contended, or of another page type than PT_NDA (bits 23:16).
+_PARENT_IN_THE_WAY = _CONTENDED | 0xFF << 16
 _PLAIN_READER = 2
 
 
@@ -56,6 +59,42 @@ def try_promote_hp(words: Words, index: int) -> bool:
         return False
     words.put(index, (word & ~LOCK_MASK) | EXCLUSIVE)
     return True
+
+
+def try_path_hp(words: Words, path: tuple[int, int, int], exclusive: bool) -> bool:
+    """Take the three PAMT entries of one page at once: its 1G and 2M parents shared, its own as
+    asked.
+
+    Only where nothing is in the way, which is nearly always; else nothing is touched and the caller
+    takes them one by one. In the way are a parent that is not PT_NDA, and any sign of contention.
+    """
+    entry_1g, entry_2m, entry = path
+    view = words.view
+    word_1g, word_2m, word = view[entry_1g], view[entry_2m], view[entry]
+    contended = LOCK_MASK if exclusive else _CONTENDED
+    if (word_1g | word_2m) & _PARENT_IN_THE_WAY or word & contended:
+        return False
+    put = words.put
+    put(entry_1g, word_1g + _HP_READER)
+    put(entry_2m, word_2m + _HP_READER)
+    put(entry, word + (EXCLUSIVE if exclusive else _HP_READER))
+    return True
+
+
+def release_path_shared_hp(words: Words, path: tuple[int, int, int]) -> None:
+    """Let go of what `try_path_hp` took shared."""
+    view, put = words.view, words.put
+    for index in path:
+        put(index, view[index] - _HP_READER)
+
+
+def release_path_exclusive_hp(words: Words, path: tuple[int, int, int]) -> None:
+    """Let go of what `try_path_hp` took exclusively at the end."""
+    view, put = words.view, words.put
+    entry_1g, entry_2m, entry = path
+    put(entry_1g, view[entry_1g] - _HP_READER)
+    put(entry_2m, view[entry_2m] - _HP_READER)
+    put(entry, view[entry] & ~(LOCK_MASK & ~HOST_PRIORITY))
 
 
 def release_shared_hp(words: Words, index: int) -> None:

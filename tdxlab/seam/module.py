@@ -47,7 +47,7 @@ from tdxlab.seam.pamt import Pamt
 from tdxlab.seam.rules import SYS_READY, SYS_SHUTDOWN
 from tdxlab.seam.system import Sys
 from tdxlab.seam.td import Td, Tdcs, Tdr
-from tdxlab.steps import Operation, run
+from tdxlab.steps import Operation, Step
 from tdxlab.trace import Event, Trace
 
 Leaf = Callable[[Call], Operation]
@@ -163,9 +163,16 @@ class Module:
     # -- the host's door
 
     def seamcall(self, lp: int, rax: int, registers: Registers) -> int:
-        """Execute SEAMCALL on `lp` at once; as `seamcall_steps`."""
-        status: int = run(self.seamcall_steps(lp, rax, registers))
-        return status
+        """Execute SEAMCALL on `lp` at once; arguments, result and refusals as `seamcall_steps`."""
+        inputs = self._begin(lp, registers)
+        status = self._refuse_early(rax)
+        if status == TDX_SUCCESS:
+            call = Call(self, lp, rax & 0xFFFF, rax >> 16, registers)
+            leaf = LEAVES[call.leaf](call)
+            while self._advance(call, leaf):
+                pass
+            status = call.status
+        return self._finish(lp, rax, inputs, status, registers)
 
     def seamcall_steps(self, lp: int, rax: int, registers: Registers) -> Operation:
         """Execute SEAMCALL on `lp`: a step generator that yields once, with all checks passed and
@@ -176,26 +183,41 @@ class Module:
         module has halted.
         Refuses an LP that does not exist or that is inside a guest: ValueError.
         """
-        self.require_host(lp)
-        if self.halted:
-            return VMFAILINVALID
-        inputs = registers.as_dict() if self.trace.logging else {}
-        leaf = rax & 0xFFFF
-        status = self._refuse_early(rax, leaf)
+        inputs = self._begin(lp, registers)
+        status = self._refuse_early(rax)
         if status == TDX_SUCCESS:
-            call = Call(self, lp, leaf, rax >> 16, registers)
-            status = yield from self._execute(call)
-        self.trace.count_seamcall(leaf, status)
+            call = Call(self, lp, rax & 0xFFFF, rax >> 16, registers)
+            leaf = LEAVES[call.leaf](call)
+            while step := self._advance(call, leaf):
+                yield step
+            status = call.status
+        return self._finish(lp, rax, inputs, status, registers)
+
+    def _begin(self, lp: int, registers: Registers) -> dict[str, int]:
+        """The LP can call; returns the registers as given, if they are wanted for the log."""
+        self.require_host(lp)
+        self.calls_in_flight += 1
+        return registers.as_dict() if self.trace.logging else {}
+
+    def _finish(
+        self, lp: int, rax: int, inputs: dict[str, int], status: int, registers: Registers
+    ) -> int:
+        """The call is over, refused or not: count it, log it; returns `status`."""
+        self.calls_in_flight -= 1
+        self.trace.count_seamcall(rax & 0xFFFF, status)
         if self.trace.logging:
-            event = Event("SEAMCALL", lp, leaf, inputs, status, registers.as_dict())
-            self.trace.record(event)
+            outputs = registers.as_dict()
+            self.trace.record(Event("SEAMCALL", lp, rax & 0xFFFF, inputs, status, outputs))
         return status
 
-    def _refuse_early(self, rax: int, leaf: int) -> int:
+    def _refuse_early(self, rax: int) -> int:
         """The dispatcher's own checks; they touch no register. Returns TDX_SUCCESS to go on.
 
         Source: TDX module 1.5.01, tdx_vmm_dispatcher.c, tdx_vmm_dispatcher.
         """
+        leaf = rax & 0xFFFF
+        if self.halted:
+            return VMFAILINVALID
         if rax >> 24 or (rax >> 16 and leaf not in _VERSIONED):
             return _INVALID_RAX
         state = self.system.view[Sys.STATE]
@@ -206,24 +228,25 @@ class Module:
                 return TDX_SYS_NOT_READY
         return TDX_SUCCESS if leaf in LEAVES else _INVALID_RAX
 
-    def _execute(self, call: Call) -> Operation:
-        """Run one leaf and let go of its locks, however it ends."""
-        self.calls_in_flight += 1
+    def _advance(self, call: Call, leaf: Operation) -> Step | None:
+        """Let a leaf go on to its next step; None when it has ended, however, and let go of its
+        locks.
+
+        Its status is then in `call.status`.
+        """
         try:
-            status = yield from LEAVES[call.leaf](call)
-            return TDX_SUCCESS if status is None else status
+            step = next(leaf)
+        except StopIteration as end:
+            call.status = end.value or TDX_SUCCESS
         except Refused as refusal:
-            if refusal.rcx is not None:
-                call.registers.rcx = refusal.rcx
-            if refusal.rdx is not None:
-                call.registers.rdx = refusal.rdx
-            return refusal.status
+            call.refuse(refusal)
         except (ModuleFatal, MachineCheck) as stop:
             self.halted = str(stop)
-            return VMFAILINVALID
-        finally:
-            self.calls_in_flight -= 1
-            call.release_all()
+            call.status = VMFAILINVALID
+        else:
+            return step
+        call.release_all()
+        return None
 
     # -- the guest's door
 

@@ -12,7 +12,7 @@ bit-packed fields have a word each.
 
 from __future__ import annotations
 
-from tdxlab.arch import HPA_MASK
+from tdxlab.arch import HPA_MASK, PAGE_SHIFT
 from tdxlab.memory import Memory
 
 MAX_TDCX = 9
@@ -146,7 +146,7 @@ class Td:
 
     def __init__(self, memory: Memory, tdr: int) -> None:
         self.tdr = tdr
-        self.page: int = memory.frame(tdr)
+        self.page: int = memory.frames[tdr >> PAGE_SHIFT]
         self.hkid = memory.words.view[self.page + Tdr.HKID]
         self.tdcs = self.tdcs_hpa = 0
 

@@ -36,7 +36,7 @@ def tdh_phymem_page_rdmd(call: Call) -> Operation:
     """
     pamt, registers, hpa = call.module.pamt, call.registers, call.registers.rcx
     _clear_outputs(call)
-    entry, size = walk_pamt(call, hpa, exclusive=False)
+    entry, size = walk_pamt(call, hpa, OPERAND_ID_RCX, exclusive=False)
     yield ("TDH.PHYMEM.PAGE.RDMD", hpa)
     # -- effects: nothing below may fail
     page_type = pamt.page_type(entry)
@@ -65,7 +65,7 @@ def tdh_phymem_page_reclaim(call: Call) -> Operation:
     module, registers, hpa = call.module, call.registers, call.registers.rcx
     pamt = module.pamt
     _clear_outputs(call)
-    entry, size = walk_pamt(call, hpa, exclusive=True)
+    entry, size = walk_pamt(call, hpa, OPERAND_ID_RCX, exclusive=True)
     page_type = pamt.page_type(entry)
     if page_type in (PT_NDA, PT_RSVD):
         raise Refused(TDX_PAGE_METADATA_INCORRECT + OPERAND_ID_RCX)
