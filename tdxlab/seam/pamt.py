@@ -29,6 +29,9 @@ SIZE_NAMES = ("4K", "2M", "1G")
 PAGES_PER_2M = SIZE_2M >> PAGE_SHIFT
 PAGES_PER_1G = SIZE_1G >> PAGE_SHIFT
 
+#: 512 entries that are free and not locked, with nothing stale in them.
+_ALL_FREE = bytes(16 * PAGES_PER_2M)
+
 #: Pages of 4 KiB in a page of each size code (4K 0, 2M 1, 1G 2).
 PAGES_OF_SIZE = (1, PAGES_PER_2M, PAGES_PER_1G)
 
@@ -170,7 +173,7 @@ class Pamt:
         count = SIZE_1G // step
         for start in range(0, count, PAGES_PER_2M):
             chunk = self.words.read(first + 2 * start, 2 * min(PAGES_PER_2M, count))
-            if not chunk.strip(b"\0"):
+            if chunk == _ALL_FREE[: len(chunk)]:
                 continue
             for number in range(start, start + min(PAGES_PER_2M, count)):
                 found = self.describe(base + number * step, size)
