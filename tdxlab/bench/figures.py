@@ -1,0 +1,96 @@
+"""Figures reported beside the ratios: memory, the journal's cost, import time, redraws."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tdxlab.abi import leaves as abi
+from tdxlab.arch import PAGE_SIZE, SIZE_1G, SIZE_2M
+from tdxlab.bench.workloads import GUEST_BASE, PAGES, ModelBench, aug, measure
+from tdxlab.hardware import default_platform
+from tdxlab.host import Host
+from tdxlab.host_td import HostTd
+from tdxlab.machine import Machine
+
+_DENSE_PAGES = 204_800
+_SPREAD_PAGES = 256
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; from the kernel where it tells, else the highest so far."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def dense_memory() -> str:
+    """Resident bytes for each 4 KiB page of a guest without holes: S-EPT and PAMT."""
+    bench = ModelBench(pages=0)
+    before = resident_bytes()
+    for gpa in range(GUEST_BASE, GUEST_BASE + _DENSE_PAGES * PAGE_SIZE, SIZE_2M):
+        bench.td.map_tables(gpa)
+    measure(bench, aug, _DENSE_PAGES)
+    each = (resident_bytes() - before) / _DENSE_PAGES
+    return f"memory per page, dense        {each:8.1f} bytes   (goal <= 40)"
+
+
+def spread_memory() -> str:
+    """Resident bytes for each page where guest and host memory hold one page in each GiB."""
+    machine = Machine(default_platform(tdmr_gib=_SPREAD_PAGES + 2))
+    host = Host(machine)
+    host.boot()
+    td = HostTd(host)
+    td.add_vcpu()
+    td.finalize()
+    base = machine.platform.tdmrs[0].base + SIZE_1G
+    before = resident_bytes()
+    for number in range(_SPREAD_PAGES):
+        gpa, hpa = GUEST_BASE + number * SIZE_1G, base + number * SIZE_1G
+        td.map_tables(gpa)
+        host.must(0, abi.TDH_MEM_PAGE_AUG, rcx=gpa, rdx=td.tdr, r8=hpa)
+    each = (resident_bytes() - before) / _SPREAD_PAGES / 1024
+    return f"memory per page, one a GiB    {each:8.1f} KiB     (goal <= 24)"
+
+
+def journal_cost() -> str:
+    """How much slower a mapped page gets while somebody holds a mark."""
+    plain = measure(ModelBench(), aug)
+    bench = ModelBench()
+    mark = bench.machine.mark()
+    recorded = measure(bench, aug)
+    bench.machine.journal.release(mark)
+    each = recorded * 1e6 / PAGES
+    return f"AUG with the journal on       {each:8.2f} us      ({recorded / plain:.2f} x without)"
+
+
+def import_time() -> str:
+    """CPU time of `import tdxlab` and its machine in a fresh interpreter, numpy not loaded."""
+    code = (
+        "import time, sys; start = time.process_time(); import tdxlab, tdxlab.machine; "
+        "assert 'numpy' not in sys.modules; print(time.process_time() - start)"
+    )
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    return f"import tdxlab                 {min(seconds):8.3f} s       (aim 0.2)"
+
+
+#: Every figure, in the order they are printed.
+ALL: tuple[Callable[[], str], ...] = (dense_memory, spread_memory, journal_cost, import_time)
+
+
+def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
+    """Best CPU time of one call of `work`."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        best = min(best, time.process_time() - start)
+    return best * 1e3
