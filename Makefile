@@ -88,7 +88,7 @@ check-imports: $(READY)
 	$(BIN)/lint-imports --no-logo
 
 check-duplicates: $(READY)
-	$(BIN)/pylint --disable=all --enable=duplicate-code tdxlab
+	$(BIN)/pylint --score=no --disable=all --enable=duplicate-code tdxlab
 
 .PHONY: format
 format: $(READY)  ## let ruff format the code and mend what it can
