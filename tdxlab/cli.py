@@ -121,7 +121,7 @@ def _demo(_options: argparse.Namespace) -> int:
 def _bench(_options: argparse.Namespace) -> int:
     from tdxlab import bench
 
-    return bench.main(sys.stdout)
+    return bench.main(sys.stdout, sys.stderr)
 
 
 def _doctor(_options: argparse.Namespace) -> int:
