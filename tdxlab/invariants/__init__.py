@@ -1,0 +1,100 @@
+"""What must be true of a machine whatever its host and its guests do.
+
+Each invariant is one function with a number, a name and a scope; `check` looks at the machine once
+and asks all those whose scope is met. Scopes, each containing the ones before it:
+
+    always   at every moment, also while a SEAMCALL waits between its checks and its effects
+    quiet    no operation is half-done
+    alive    ... and all KeyIDs are assigned, and the host has declared no TD dead
+
+    no  scope   what
+     3  always  a page that the S-EPT maps is owned as PT_REG, a table as PT_EPT; none is linked
+                twice, in one TD or two; and what a TD owns as such is in its S-EPT (until TEARDOWN)
+     4  always  a TDR's child count is the number of 4 KiB pages that the TD owns
+     5  always  every page in use belongs to a TD that exists
+     6  always  a vCPU inside holds no translation to a page that is not mapped there any more
+     7  always  the epoch counts are at least the vCPUs inside; quiet: exactly
+     8  quiet   the numbers of pages and vCPUs that a TD keeps are those that can be counted
+    10  always  KeyIDs and life cycles of TDs fit each other
+    11  quiet   locks are free, but for those of the vCPUs inside
+    12  always  a page is represented at one level of the PAMT
+    13  quiet   a vCPU is active if and only if it is inside one LP, the one it is associated with
+
+Numbers 1, 2 and 9 compare the module with a mirror EPT, and the rest of 5 and 8 counts the host's
+own pages: they wait for the host's MMU. Until then no invariant has the scope "alive".
+
+A check visits only what is in use; it reads the module's memory from the lab bench and writes
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple, get_args
+
+from tdxlab.invariants import keys_and_locks, pages, running
+from tdxlab.invariants.picture import Picture
+from tdxlab.machine import Machine
+
+Scope = Literal["always", "quiet", "alive"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
+class InvariantBroken(Exception):
+    """A machine is in a state that must not exist. number, name: which invariant; explanation: what
+    is wrong, in words.
+    """
+
+    def __init__(self, number: int, name: str, explanation: str) -> None:
+        super().__init__(f"invariant {number} ({name}): {explanation}")
+        self.number = number
+        self.name = name
+        self.explanation = explanation
+
+
+class Invariant(NamedTuple):
+    """One invariant. `faults` yields an explanation for each place where it is broken."""
+
+    number: int
+    scope: Scope
+    faults: Callable[[Picture], Iterator[str]]
+
+    @property
+    def name(self) -> str:
+        """The function's name in words."""
+        return self.faults.__name__.replace("_", " ")
+
+
+INVARIANTS: tuple[Invariant, ...] = (
+    Invariant(5, "always", pages.pages_in_use_belong_to_a_td),
+    Invariant(12, "always", pages.pages_are_represented_at_one_level),
+    Invariant(3, "always", pages.what_the_sept_links_is_owned_by_the_td),
+    Invariant(3, "always", pages.nothing_is_linked_twice),
+    Invariant(3, "always", pages.what_a_td_owns_is_in_its_sept),
+    Invariant(4, "always", pages.child_count_is_the_pages_owned),
+    Invariant(6, "always", running.vcpus_inside_use_only_mapped_pages),
+    Invariant(7, "always", running.epoch_counts_cover_the_vcpus_inside),
+    Invariant(7, "quiet", running.epoch_counts_are_the_vcpus_inside),
+    Invariant(8, "quiet", pages.pages_are_counted_right),
+    Invariant(8, "quiet", running.vcpus_are_counted_right),
+    Invariant(10, "always", keys_and_locks.keyids_fit_the_life_cycles),
+    Invariant(10, "always", keys_and_locks.keys_are_on_all_packages_or_awaited),
+    Invariant(11, "quiet", keys_and_locks.pamt_locks_are_those_of_vcpus_inside),
+    Invariant(11, "quiet", keys_and_locks.other_locks_are_free),
+    Invariant(13, "quiet", running.active_vcpus_are_inside_their_lp),
+)
+
+
+def check(machine: Machine, scope: Scope) -> None:
+    """Test every invariant that holds in a machine of which `scope` is true.
+
+    scope: "always", "quiet" or "alive"; each includes the ones before it.
+    Raises InvariantBroken for the first one that is broken. Refuses another scope: ValueError.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"there is no scope {scope!r}; choose one of {', '.join(SCOPES)}")
+    picture = Picture.of(machine)
+    for invariant in INVARIANTS:
+        if SCOPES.index(invariant.scope) <= SCOPES.index(scope):
+            for fault in invariant.faults(picture):
+                raise InvariantBroken(invariant.number, invariant.name, fault)
