@@ -28,9 +28,6 @@ from tdxlab.trace import Trace
 MAX_LPS = 256
 MAX_PACKAGES = 8
 
-#: Words of one LP: the TDVPR and the TDR of the vCPU inside, 0 while the host runs.
-_INSIDE, _TDR, _WORDS_PER_LP = 0, 1, 2
-
 
 #: What PCONFIG can answer when it is asked to program a key.
 PCONFIG_OK, PCONFIG_NO_ENTROPY, PCONFIG_BUSY = 0, 2, 5
@@ -72,7 +69,7 @@ class EptViolation(NamedTuple):
 class Cpu:
     """All logical processors of one machine.
 
-    package_of: package number of each LP, in LP order.
+    package_of: package number of each LP, in LP order. count: number of LPs.
     Refuses more than 256 LPs, more than 8 packages, or none at all: ValueError.
     """
 
@@ -90,17 +87,20 @@ class Cpu:
                 f"number them 0, 1, ... and use at most {MAX_PACKAGES}"
             )
         self.package_of = tuple(package_of)
+        self.count = len(self.package_of)
         self.conditions = Conditions()
         self._trace = trace
         self._memory = memory
-        self._lps = Words(journal, len(package_of) * _WORDS_PER_LP)
+        #: by LP: HPA of the TDVPR of the vCPU inside, and of its TDR; 0 while the host runs
+        self.inside = Words(journal, self.count)
+        self._tdr_inside = Words(journal, self.count)
         #: one TLB for each LP: (EPT root, gfn) -> Translation
         self.tlbs = tuple(Table(journal) for _ in package_of)
 
     @property
     def lps(self) -> range:
         """Numbers of all LPs."""
-        return range(len(self.package_of))
+        return range(self.count)
 
     @property
     def packages(self) -> range:
@@ -109,29 +109,27 @@ class Cpu:
 
     def require_lp(self, lp: int) -> None:
         """Refuse, with a ValueError, an LP that this machine does not have."""
-        if not (isinstance(lp, int) and 0 <= lp < len(self.package_of)):
-            raise ValueError(
-                f"LP {lp} does not exist; this machine has LPs 0..{len(self.package_of) - 1}"
-            )
+        if not (isinstance(lp, int) and 0 <= lp < self.count):
+            raise ValueError(f"LP {lp} does not exist; this machine has LPs 0..{self.count - 1}")
 
     def vcpu_inside(self, lp: int) -> int:
         """HPA of the TDVPR of the vCPU that runs on `lp`, 0 while the host runs there."""
-        return self._lps.view[lp * _WORDS_PER_LP + _INSIDE]
+        return self.inside.view[lp]
 
     def tdr_inside(self, lp: int) -> int:
         """HPA of the TDR of the TD that runs on `lp`, 0 while the host runs there."""
-        return self._lps.view[lp * _WORDS_PER_LP + _TDR]
+        return self._tdr_inside.view[lp]
 
     def enter(self, lp: int, tdvpr: int, tdr: int) -> None:
         """The LP leaves the host and runs the vCPU `tdvpr` of the TD `tdr`."""
-        self._lps.put(lp * _WORDS_PER_LP + _INSIDE, tdvpr)
-        self._lps.put(lp * _WORDS_PER_LP + _TDR, tdr)
+        self.inside.put(lp, tdvpr)
+        self._tdr_inside.put(lp, tdr)
         self._trace.count("td_entry")
 
     def leave(self, lp: int) -> None:
         """The LP is the host's again."""
-        self._lps.put(lp * _WORDS_PER_LP + _INSIDE, 0)
-        self._lps.put(lp * _WORDS_PER_LP + _TDR, 0)
+        self.inside.put(lp, 0)
+        self._tdr_inside.put(lp, 0)
         self._trace.count("td_exit")
 
     def send_ipi(self, lp: int) -> None:

@@ -27,6 +27,7 @@ _LEAVES = 256
 _REFUSED = _LEAVES
 _GUEST = 2 * _LEAVES
 _HARDWARE = 3 * _LEAVES
+_HARDWARE_INDEX = {name: _HARDWARE + i for i, name in enumerate(HARDWARE_COUNTERS)}
 
 
 class Event(NamedTuple):
@@ -53,7 +54,7 @@ class Trace:
 
     def count_seamcall(self, leaf: int, status: int) -> None:
         """Count one SEAMCALL of `leaf` (0..255; greater numbers count as 255)."""
-        index = min(leaf, _LEAVES - 1)
+        index = leaf if leaf < _LEAVES else _LEAVES - 1
         words = self.words
         words.put(index, words.view[index] + 1)
         if status > 0 and status >> 63:
@@ -66,7 +67,7 @@ class Trace:
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add `amount` to the hardware counter `name` (one of HARDWARE_COUNTERS)."""
-        index = _HARDWARE + HARDWARE_COUNTERS.index(name)
+        index = _HARDWARE_INDEX[name]
         self.words.put(index, self.words.view[index] + amount)
 
     def seamcalls(self) -> dict[int, int]:

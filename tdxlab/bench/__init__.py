@@ -34,14 +34,14 @@ class Ratio(NamedTuple):
 def ratios(
     pages: int = PAGES, rounds: int = ROUNDS, progress: Callable[[str], None] = lambda _: None
 ) -> list[Ratio]:
-    """Measure all work on both sides, `pages` pages each, best of `rounds` rounds."""
+    """Measure all work on both sides, `pages` pages each, best slice of `rounds` rounds."""
     best: dict[str, dict[str, float]] = {"model": {}, "baseline": {}}
     for number in range(1, rounds + 1):
         for side, make in (("model", ModelBench), ("baseline", BaselineBench)):
             progress(f"round {number} of {rounds}: {side}")
             for work, seconds in full_round(make(pages), pages).items():
                 best[side][work] = min(seconds, best[side].get(work, seconds))
-    micro = 1e6 / pages
+    micro = 1e6
     return [
         Ratio(work, best["model"][work] * micro, best["baseline"][work] * micro) for work in GOALS
     ]

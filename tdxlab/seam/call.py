@@ -44,10 +44,10 @@ class Call:
     """What every check and leaf is given.
 
     module: the machine's TDX module. lp: the calling logical processor. leaf, version: from RAX.
-    registers: in and out. status: RAX once the leaf has ended. locks: held, in the order taken; the
+    registers: in and out. locks: held, in the order taken; the
     module releases them when the leaf ends."""
 
-    __slots__ = ("leaf", "locks", "lp", "module", "registers", "status", "version")
+    __slots__ = ("leaf", "locks", "lp", "module", "registers", "version")
 
     def __init__(
         self, module: Module, lp: int, leaf: int, version: int, registers: Registers
@@ -58,11 +58,9 @@ class Call:
         self.version = version
         self.registers = registers
         self.locks: list[Lock] = []
-        self.status = 0
 
-    def refuse(self, refusal: Refused) -> None:
-        """The leaf ends with a refusal: its status, and its extended information if it has some."""
-        self.status = refusal.status
+    def show(self, refusal: Refused) -> None:
+        """Put the extended information of a refusal, if it has some, into the registers."""
         if refusal.rcx is not None:
             self.registers.rcx = refusal.rcx
         if refusal.rdx is not None:

@@ -228,13 +228,14 @@ def lock_owner(call: Call, entry: int) -> Td:
     Source: helpers.c, lock_and_map_implicit_tdr.
     """
     pamt = call.module.pamt
+    words = pamt.words
     tdr = pamt.owner(entry)
     tdr_entry = pamt.entry(tdr, 0)
-    if pamt.page_type(tdr_entry) in (PT_NDA, PT_RSVD):
+    if (words.view[tdr_entry] & TYPE_MASK) >> TYPE_SHIFT in (PT_NDA, PT_RSVD):
         raise ModuleFatal(f"the owner {tdr:#x} of a page is not a page in use")
-    if not try_shared_hp(pamt.words, tdr_entry):
+    if not try_shared_hp(words, tdr_entry):
         raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_TDR)
-    call.locks.append((release_shared_hp, pamt.words, tdr_entry))
+    call.locks.append((release_shared_hp, words, tdr_entry))
     return Td(call.module.memory, tdr)
 
 

@@ -47,7 +47,7 @@ from tdxlab.seam.pamt import Pamt
 from tdxlab.seam.rules import SYS_READY, SYS_SHUTDOWN
 from tdxlab.seam.system import Sys
 from tdxlab.seam.td import Td, Tdcs, Tdr
-from tdxlab.steps import Operation, Step
+from tdxlab.steps import Operation
 from tdxlab.trace import Event, Trace
 
 Leaf = Callable[[Call], Operation]
@@ -129,6 +129,9 @@ _EARLY = frozenset(
     )
 )
 
+#: How a leaf can end before its time: refused, or with the module halted.
+_REFUSALS = (Refused, ModuleFatal, MachineCheck)
+
 _INVALID_RAX = TDX_OPERAND_INVALID + OPERAND_ID_RAX
 
 
@@ -158,21 +161,35 @@ class Module:
         #: Any of these bits set: not the address of a 4 KiB page of memory, KeyID bits included.
         self.not_an_hpa = MASK64 & ~(memory.pa_mask & HPA_MASK)
         self.halted: str | None = None
-        self.calls_in_flight = 0
+        #: SEAMCALLs of other LPs that a step driver holds in their middle.
+        self.calls_suspended = 0
 
     # -- the host's door
 
     def seamcall(self, lp: int, rax: int, registers: Registers) -> int:
         """Execute SEAMCALL on `lp` at once; arguments, result and refusals as `seamcall_steps`."""
-        inputs = self._begin(lp, registers)
-        status = self._refuse_early(rax)
+        if not 0 <= lp < self.cpu.count or self.cpu.inside.view[lp]:
+            self.require_host(lp)
+        trace = self.trace
+        inputs = registers.as_dict() if trace.logging else None
+        is_plain = self.system.view[Sys.STATE] == SYS_READY and not self.halted
+        leaf = LEAVES.get(rax) if is_plain else None
+        status = TDX_SUCCESS if leaf else self._refuse_early(rax)
         if status == TDX_SUCCESS:
             call = Call(self, lp, rax & 0xFFFF, rax >> 16, registers)
-            leaf = LEAVES[call.leaf](call)
-            while self._advance(call, leaf):
-                pass
-            status = call.status
-        return self._finish(lp, rax, inputs, status, registers)
+            steps = (leaf or LEAVES[call.leaf])(call)
+            try:
+                while True:
+                    next(steps)
+            except StopIteration as end:
+                status = end.value or TDX_SUCCESS
+                call.release_all()
+            except _REFUSALS as end:
+                status = self._end(call, end)
+        trace.count_seamcall(rax & 0xFFFF, status)
+        if inputs is not None:
+            self._log(lp, rax, inputs, status, registers)
+        return status
 
     def seamcall_steps(self, lp: int, rax: int, registers: Registers) -> Operation:
         """Execute SEAMCALL on `lp`: a step generator that yields once, with all checks passed and
@@ -180,35 +197,41 @@ class Module:
 
         rax: leaf number in bits 15:0, version in 23:16. registers: in and out.
         Returns RAX: the status, IN_GUEST after a successful TDH.VP.ENTER, VMFAILINVALID if the
-        module has halted.
+        module has halted. A call that is closed at its yield lets go of its locks.
         Refuses an LP that does not exist or that is inside a guest: ValueError.
         """
-        inputs = self._begin(lp, registers)
+        self.require_host(lp)
+        inputs = registers.as_dict() if self.trace.logging else None
         status = self._refuse_early(rax)
         if status == TDX_SUCCESS:
             call = Call(self, lp, rax & 0xFFFF, rax >> 16, registers)
             leaf = LEAVES[call.leaf](call)
-            while step := self._advance(call, leaf):
-                yield step
-            status = call.status
-        return self._finish(lp, rax, inputs, status, registers)
-
-    def _begin(self, lp: int, registers: Registers) -> dict[str, int]:
-        """The LP can call; returns the registers as given, if they are wanted for the log."""
-        self.require_host(lp)
-        self.calls_in_flight += 1
-        return registers.as_dict() if self.trace.logging else {}
-
-    def _finish(
-        self, lp: int, rax: int, inputs: dict[str, int], status: int, registers: Registers
-    ) -> int:
-        """The call is over, refused or not: count it, log it; returns `status`."""
-        self.calls_in_flight -= 1
+            try:
+                while True:
+                    step = next(leaf)
+                    self.calls_suspended += 1
+                    try:
+                        yield step
+                    finally:
+                        self.calls_suspended -= 1
+            except StopIteration as end:
+                status = end.value or TDX_SUCCESS
+                call.release_all()
+            except GeneratorExit:
+                call.release_all()
+                raise
+            except _REFUSALS as end:
+                status = self._end(call, end)
         self.trace.count_seamcall(rax & 0xFFFF, status)
-        if self.trace.logging:
-            outputs = registers.as_dict()
-            self.trace.record(Event("SEAMCALL", lp, rax & 0xFFFF, inputs, status, outputs))
+        if inputs is not None:
+            self._log(lp, rax, inputs, status, registers)
         return status
+
+    def _log(
+        self, lp: int, rax: int, inputs: dict[str, int], status: int, registers: Registers
+    ) -> None:
+        outputs = registers.as_dict()
+        self.trace.record(Event("SEAMCALL", lp, rax & 0xFFFF, inputs, status, outputs))
 
     def _refuse_early(self, rax: int) -> int:
         """The dispatcher's own checks; they touch no register. Returns TDX_SUCCESS to go on.
@@ -228,25 +251,16 @@ class Module:
                 return TDX_SYS_NOT_READY
         return TDX_SUCCESS if leaf in LEAVES else _INVALID_RAX
 
-    def _advance(self, call: Call, leaf: Operation) -> Step | None:
-        """Let a leaf go on to its next step; None when it has ended, however, and let go of its
-        locks.
-
-        Its status is then in `call.status`.
-        """
-        try:
-            step = next(leaf)
-        except StopIteration as end:
-            call.status = end.value or TDX_SUCCESS
-        except Refused as refusal:
-            call.refuse(refusal)
-        except (ModuleFatal, MachineCheck) as stop:
-            self.halted = str(stop)
-            call.status = VMFAILINVALID
+    def _end(self, call: Call, end: Exception) -> int:
+        """A leaf ended before its time: its locks are released; returns its status."""
+        if isinstance(end, Refused):
+            call.show(end)
+            status = end.status
         else:
-            return step
+            self.halted = str(end)
+            status = VMFAILINVALID
         call.release_all()
-        return None
+        return status
 
     # -- the guest's door
 
@@ -288,12 +302,14 @@ class Module:
 
     def require_host(self, lp: int) -> None:
         """Refuse, with a ValueError, an LP that does not exist or runs a guest."""
-        self.cpu.require_lp(lp)
-        if self.cpu.vcpu_inside(lp):
-            raise ValueError(
-                f"LP {lp} runs a guest, so the host cannot call from it; "
-                "let the guest exit first, or call from another LP"
-            )
+        cpu = self.cpu
+        if 0 <= lp < cpu.count and not cpu.vcpu_inside(lp):
+            return
+        cpu.require_lp(lp)
+        raise ValueError(
+            f"LP {lp} runs a guest, so the host cannot call from it; "
+            "let the guest exit first, or call from another LP"
+        )
 
     def require_guest(self, lp: int) -> None:
         """Refuse, with a ValueError, an LP that runs the host."""

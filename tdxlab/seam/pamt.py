@@ -45,6 +45,8 @@ class PamtWord(Word):
 
 
 LOCK_MASK = PamtWord.lock.mask
+_OFFSET_IN_BLOCK = SIZE_1G - 1
+_OWNER_DOWN = PamtWord.owner_pfn.low
 TYPE_MASK = PamtWord.page_type.mask
 TYPE_SHIFT = PamtWord.page_type.low
 _OWNER_UP = PamtWord.owner_pfn.low - PAGE_SHIFT
@@ -93,8 +95,8 @@ class Pamt:
 
     def entry(self, hpa: int, size: int) -> int:
         """Index of the entry of `size` (0, 1, 2) that covers `hpa`, whose block must be open."""
-        block = self.blocks[hpa >> 30]
-        return int(block[2 - size]) + ((hpa & SIZE_1G - 1) >> (PAGE_SHIFT + 9 * size)) * 2
+        first: int = self.blocks[hpa >> 30][2 - size]
+        return first + ((hpa & _OFFSET_IN_BLOCK) >> (12 + 9 * size)) * 2
 
     def page_type(self, entry: int) -> int:
         """Page type (PT_*) of an entry."""
@@ -102,7 +104,7 @@ class Pamt:
 
     def owner(self, entry: int) -> int:
         """HPA of the owner's TDR, 0 if none; stale on a free page."""
-        return self.words.view[entry] >> PamtWord.owner_pfn.low << PAGE_SHIFT
+        return self.words.view[entry] >> _OWNER_DOWN << PAGE_SHIFT
 
     def bepoch(self, entry: int) -> int:
         """BEPOCH of an entry."""

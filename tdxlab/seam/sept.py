@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tdxlab.arch import EPT_RWX, HPA_MASK, WORDS_PER_PAGE, level_size
+from tdxlab.arch import EPT_RWX, HPA_MASK, WORDS_PER_PAGE
 from tdxlab.bits import Bits, Word
 from tdxlab.memory import Memory
 from tdxlab.seam.rules import (
@@ -70,6 +70,9 @@ FREE_PAGE = FREE_ENTRY.to_bytes(8, "little") * WORDS_PER_PAGE
 #: A PENDING leaf without its address.
 PENDING_LEAF = SUPPRESS_VE | PENDING_BITS | _WRITE_BACK
 
+#: Between 0 and LEAF under this mask: the walk goes on below.
+_LEAF_OR_RWX = LEAF | EPT_RWX
+
 #: What the host may see of a leaf, and of anything else, in RCX.
 _LEAF_REPORT = 0x800F_FFFF_FFFF_F0FF
 _NON_LEAF_REPORT = 0x87
@@ -108,7 +111,7 @@ def remake(place: Place, state_bits: int) -> int:
 
 def leaf_hpa(place: Place) -> int:
     """HPA of the page that a leaf maps; an accept counter in the low address bits is left out."""
-    return place.septe & HPA_MASK & -level_size(place.sept_level)
+    return place.septe & HPA_MASK & -1 << (12 + 9 * place.sept_level)
 
 
 def is_pending(septe: int) -> bool:
@@ -142,14 +145,16 @@ def walk(memory: Memory, eptp: int, gpa: int, sept_level: int) -> Place:
     view = memory.words.view
     frames = memory.frames
     level = eptp >> 3 & 7
+    shift = 12 + 9 * level
     table = eptp & HPA_MASK
     while True:
-        word = frames[table >> 12] + (gpa >> (12 + 9 * level) & 511)
+        word = frames[table >> 12] + (gpa >> shift & 511)
         septe = view[word]
-        if level == sept_level or not septe & EPT_RWX or septe & LEAF:
+        if level == sept_level or not 0 < septe & _LEAF_OR_RWX < LEAF:
             return Place(word, level, septe)
         table = septe & HPA_MASK
         level -= 1
+        shift -= 9
 
 
 def entries(memory: Memory, eptp: int) -> Iterator[tuple[int, int, int, int]]:

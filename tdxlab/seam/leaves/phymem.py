@@ -69,6 +69,7 @@ def tdh_phymem_page_reclaim(call: Call) -> Operation:
     page_type = pamt.page_type(entry)
     if page_type in (PT_NDA, PT_RSVD):
         raise Refused(TDX_PAGE_METADATA_INCORRECT + OPERAND_ID_RCX)
+
     registers.rcx, registers.rdx, registers.r8 = page_type, pamt.owner(entry), size
     if hpa & ((1 << (12 + 9 * size)) - 1):
         raise Refused(INVALID_RCX)

@@ -204,7 +204,7 @@ def tdh_sys_shutdown(call: Call) -> Operation:
     if call.registers.rcx != HANDOFF_VERSION:
         raise Refused(INVALID_RCX)
     lock_system(call)
-    if call.module.calls_in_flight > 1:
+    if call.module.calls_suspended:
         raise Refused(TDX_SYS_BUSY)
     yield ("TDH.SYS.SHUTDOWN",)
     # -- effects: nothing below may fail
