@@ -12,8 +12,8 @@ effects.
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Protocol
 
 #: (label, local values...), all hashable. Example: ("TDH.MEM.PAGE.AUG", gpa, sept_level, hpa).
 Step = tuple[Any, ...]
@@ -67,6 +67,11 @@ class Schedule:
         for number in history:
             self.advance(number)
 
+    def close(self) -> None:
+        """Give up what is not finished. It lets go of its locks now, and not at some later time."""
+        for operation in self._operations:
+            operation.close()
+
 
 def round_robin(operations: Sequence[Operation]) -> Schedule:
     """Run all operations, one step each in turn, until all have ended."""
@@ -84,3 +89,70 @@ def seeded(operations: Sequence[Operation], seed: int) -> Schedule:
     while schedule.ready:
         schedule.advance(choose.choice(schedule.ready))
     return schedule
+
+
+class Rewindable(Protocol):
+    """What `exhaustive` needs of a journal."""
+
+    def mark(self) -> Any:
+        """Note the present state."""
+
+    def rewind(self, mark: Any) -> None:
+        """Go back to it."""
+
+    def forget(self, mark: Any) -> None:
+        """Give the mark up."""
+
+
+def exhaustive(
+    make_operations: Callable[[], Sequence[Operation]], journal: Rewindable
+) -> Iterator[Schedule]:
+    """Every interleaving of a few operations: one finished schedule after the other.
+
+    make_operations: makes the same operations anew each time, not started. journal: the machine's.
+    While the caller looks at a schedule, the machine is in the state that it led to; before the
+    next one, and at the end, it is back in the state before the first.
+
+    An interleaving is a sequence of moves, each up to an operation's next yield. Generators cannot
+    go back, so the schedules are found depth first by running each from its beginning: n operations
+    of k moves have (nk)! / (k!)**n of them, and `history` tells them apart. Operations that run
+    into each other's locks end early and have fewer.
+    Differs: moves are atomic; what the hardware could reorder inside of one is not explored.
+    """
+    mark = journal.mark()
+    prefix: list[int] | None = []
+    try:
+        while prefix is not None:
+            schedule = Schedule(make_operations())
+            try:
+                untried = _finish(schedule, prefix)
+                yield schedule
+            finally:
+                schedule.close()
+                journal.rewind(mark)
+            prefix = _next_prefix(schedule.history, untried)
+    finally:
+        journal.forget(mark)
+
+
+def _finish(schedule: Schedule, prefix: Sequence[int]) -> list[list[int]]:
+    """Move along `prefix`, then always the first operation that can; returns for each move the
+    numbers greater than the one that moved, which could have moved too.
+    """
+    untried = []
+    while schedule.ready:
+        ready, done = schedule.ready, len(schedule.history)
+        number = prefix[done] if done < len(prefix) else ready[0]
+        untried.append([other for other in ready if other > number])
+        schedule.advance(number)
+    return untried
+
+
+def _next_prefix(history: Sequence[int], untried: Sequence[Sequence[int]]) -> list[int] | None:
+    """The moves up to the last one for which there was another choice, with that choice; None at
+    the end.
+    """
+    for place in reversed(range(len(history))):
+        if untried[place]:
+            return [*history[:place], untried[place][0]]
+    return None
