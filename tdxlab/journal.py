@@ -119,21 +119,36 @@ class Journal:
             store.switch(log)
 
 
+class _Recorder:
+    """Stands in for a view while somebody holds a mark: notes the old value, then writes."""
+
+    __slots__ = ("_log", "_view")
+
+    def __init__(self, view: memoryview[int], log: list[tuple[Any, Any, Any]]) -> None:
+        self._view = view
+        self._log = log
+
+    def __setitem__(self, index: int, value: int) -> None:
+        view = self._view
+        self._log.append((view, index, view[index]))
+        view[index] = value
+
+
 class Words:
     """A row of unsigned machine words that a journal can take back.
 
     count: number of words, all zero at first. typecode: "Q" (64 bit) or "H" (16 bit).
     sparse: back it with private anonymous memory of which only touched 4 KiB pages cost anything.
 
-    Read through `view[i]`, write through `put(i, value)` or `fill`. Look `put` up at each use: it
-    changes when recording starts or stops.
+    Read through `view[i]`; write through `put(i, value)`, `fill`, or in hot loops `cells[i] = value`,
+    which is `view` itself while nothing is recorded. Look `cells` up at each use.
     extent: words from here on were never written; who writes upwards may lower it, so that a digest
     need not look at them.
     """
 
-    __slots__ = ("_log", "_raw", "extent", "itemsize", "put", "view")
+    __slots__ = ("_log", "_raw", "cells", "extent", "itemsize", "view")
 
-    put: Callable[[int, int], None]
+    cells: memoryview[int] | _Recorder
     view: memoryview[int]
 
     def __init__(
@@ -158,12 +173,11 @@ class Words:
     def switch(self, log: list[tuple[Any, Any, Any]] | None) -> None:
         """Record every change in `log`, or in nothing."""
         self._log = log
-        self.put = self.view.__setitem__ if log is None else self._put_recorded
+        self.cells = self.view if log is None else _Recorder(self.view, log)
 
-    def _put_recorded(self, index: int, value: int) -> None:
-        assert self._log is not None
-        self._log.append((self.view, index, self.view[index]))
-        self.view[index] = value
+    def put(self, index: int, value: int) -> None:
+        """Write one word."""
+        self.cells[index] = value
 
     def fill(self, start: int, data: bytes) -> None:
         """Overwrite whole words from word `start` on with the bytes of `data` (little endian)."""

@@ -56,7 +56,7 @@ class Trace:
         """Count one SEAMCALL of `leaf` (0..255; greater numbers count as 255)."""
         index = leaf if leaf < _LEAVES else _LEAVES - 1
         words = self.words
-        words.put(index, words.view[index] + 1)
+        words.cells[index] = words.view[index] + 1
         if status > 0 and status >> 63:
             words.put(_REFUSED + index, words.view[_REFUSED + index] + 1)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tdxlab.abi.registers import Registers
+from tdxlab.abi.status import TDX_SUCCESS
 from tdxlab.journal import Words
 
 if TYPE_CHECKING:
@@ -44,10 +45,11 @@ class Call:
     """What every check and leaf is given.
 
     module: the machine's TDX module. lp: the calling logical processor. leaf, version: from RAX.
-    registers: in and out. locks: held, in the order taken; the
-    module releases them when the leaf ends."""
+    registers: in and out. status: RAX when the leaf has ended; a leaf whose success has a shade
+    sets it. locks: held, in the order taken; the module releases them when the leaf ends.
+    """
 
-    __slots__ = ("leaf", "locks", "lp", "module", "registers", "version")
+    __slots__ = ("leaf", "locks", "lp", "module", "registers", "status", "version")
 
     def __init__(
         self, module: Module, lp: int, leaf: int, version: int, registers: Registers
@@ -58,9 +60,11 @@ class Call:
         self.version = version
         self.registers = registers
         self.locks: list[Lock] = []
+        self.status = TDX_SUCCESS
 
-    def show(self, refusal: Refused) -> None:
-        """Put the extended information of a refusal, if it has some, into the registers."""
+    def refuse(self, refusal: Refused) -> None:
+        """The leaf ends with a refusal: its status, and its extended information if it has some."""
+        self.status = refusal.status
         if refusal.rcx is not None:
             self.registers.rcx = refusal.rcx
         if refusal.rdx is not None:

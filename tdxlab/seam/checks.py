@@ -346,9 +346,9 @@ def try_lock_septe(call: Call, index: int) -> bool:
     words = call.module.memory.words
     septe = words.view[index]
     if septe & sept.LOCKED:
-        words.put(index, septe | sept.HOST_PRIORITY)
+        words.cells[index] = septe | sept.HOST_PRIORITY
         return False
-    words.put(index, (septe & ~sept.HOST_PRIORITY) | sept.LOCKED)
+    words.cells[index] = (septe & ~sept.HOST_PRIORITY) | sept.LOCKED
     call.locks.append((_release_septe, words, index))
     return True
 
@@ -367,7 +367,7 @@ def lock_septe(call: Call, place: sept.Place) -> sept.Place:
 def _release_septe(words: Words, index: int) -> None:
     septe = words.view[index]
     if septe & sept.LOCKED:
-        words.put(index, septe & ~sept.LOCKED)
+        words.cells[index] = septe & ~sept.LOCKED
 
 
 def require_sept_state(

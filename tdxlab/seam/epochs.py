@@ -40,7 +40,7 @@ def is_previous_busy(words: Words, tdcs: int) -> bool:
 
 def advance(words: Words, tdcs: int) -> None:
     """Begin the next epoch; its counter is the one just seen as 0."""
-    words.put(tdcs + Tdcs.TD_EPOCH, words.view[tdcs + Tdcs.TD_EPOCH] + 1)
+    words.cells[tdcs + Tdcs.TD_EPOCH] = words.view[tdcs + Tdcs.TD_EPOCH] + 1
 
 
 def join(words: Words, tdcs: int) -> int:

@@ -31,9 +31,9 @@ def try_shared_hp(words: Words, index: int) -> bool:
     """
     word = words.view[index]
     if word & EXCLUSIVE:
-        words.put(index, (word + _HP_READER) | HOST_PRIORITY)
+        words.cells[index] = (word + _HP_READER) | HOST_PRIORITY
         return False
-    words.put(index, (word & ~HOST_PRIORITY) + _HP_READER)
+    words.cells[index] = (word & ~HOST_PRIORITY) + _HP_READER
     return True
 
 
@@ -43,9 +43,9 @@ def try_exclusive_hp(words: Words, index: int) -> bool:
     """
     word = words.view[index]
     if word & LOCK_MASK & ~HOST_PRIORITY:
-        words.put(index, word | HOST_PRIORITY)
+        words.cells[index] = word | HOST_PRIORITY
         return False
-    words.put(index, (word & ~HOST_PRIORITY) | EXCLUSIVE)
+    words.cells[index] = (word & ~HOST_PRIORITY) | EXCLUSIVE
     return True
 
 
@@ -55,9 +55,9 @@ def try_promote_hp(words: Words, index: int) -> bool:
     """
     word = words.view[index]
     if word & LOCK_MASK & ~HOST_PRIORITY != _HP_READER:
-        words.put(index, word | HOST_PRIORITY)
+        words.cells[index] = word | HOST_PRIORITY
         return False
-    words.put(index, (word & ~LOCK_MASK) | EXCLUSIVE)
+    words.cells[index] = (word & ~LOCK_MASK) | EXCLUSIVE
     return True
 
 
@@ -74,37 +74,37 @@ def try_path_hp(words: Words, path: tuple[int, int, int], exclusive: bool) -> bo
     contended = LOCK_MASK if exclusive else _CONTENDED
     if (word_1g | word_2m) & _PARENT_IN_THE_WAY or word & contended:
         return False
-    put = words.put
-    put(entry_1g, word_1g + _HP_READER)
-    put(entry_2m, word_2m + _HP_READER)
-    put(entry, word + (EXCLUSIVE if exclusive else _HP_READER))
+    cells = words.cells
+    cells[entry_1g] = word_1g + _HP_READER
+    cells[entry_2m] = word_2m + _HP_READER
+    cells[entry] = word + (EXCLUSIVE if exclusive else _HP_READER)
     return True
 
 
 def release_path_shared_hp(words: Words, path: tuple[int, int, int]) -> None:
     """Let go of what `try_path_hp` took shared."""
-    view, put = words.view, words.put
+    view, cells = words.view, words.cells
     for index in path:
-        put(index, view[index] - _HP_READER)
+        cells[index] = view[index] - _HP_READER
 
 
 def release_path_exclusive_hp(words: Words, path: tuple[int, int, int]) -> None:
     """Let go of what `try_path_hp` took exclusively at the end."""
-    view, put = words.view, words.put
+    view, cells = words.view, words.cells
     entry_1g, entry_2m, entry = path
-    put(entry_1g, view[entry_1g] - _HP_READER)
-    put(entry_2m, view[entry_2m] - _HP_READER)
-    put(entry, view[entry] & ~(LOCK_MASK & ~HOST_PRIORITY))
+    cells[entry_1g] = view[entry_1g] - _HP_READER
+    cells[entry_2m] = view[entry_2m] - _HP_READER
+    cells[entry] = view[entry] & ~(LOCK_MASK & ~HOST_PRIORITY)
 
 
 def release_shared_hp(words: Words, index: int) -> None:
     """Stop being a reader."""
-    words.put(index, words.view[index] - _HP_READER)
+    words.cells[index] = words.view[index] - _HP_READER
 
 
 def release_exclusive_hp(words: Words, index: int) -> None:
     """Stop being the owner; only the host-priority bit survives, stray counts do not."""
-    words.put(index, words.view[index] & ~(LOCK_MASK & ~HOST_PRIORITY))
+    words.cells[index] = words.view[index] & ~(LOCK_MASK & ~HOST_PRIORITY)
 
 
 def guest_try_shared_hp(words: Words, index: int) -> bool:
@@ -114,7 +114,7 @@ def guest_try_shared_hp(words: Words, index: int) -> bool:
     word = words.view[index]
     if word & (EXCLUSIVE | HOST_PRIORITY):
         return False
-    words.put(index, word + _HP_READER)
+    words.cells[index] = word + _HP_READER
     return True
 
 
@@ -123,7 +123,7 @@ def guest_try_exclusive_hp(words: Words, index: int) -> bool:
     word = words.view[index]
     if word & LOCK_MASK:
         return False
-    words.put(index, word | EXCLUSIVE)
+    words.cells[index] = word | EXCLUSIVE
     return True
 
 
@@ -132,7 +132,7 @@ def try_shared(words: Words, index: int) -> bool:
     stays.
     """
     word = words.view[index]
-    words.put(index, word + _PLAIN_READER)
+    words.cells[index] = word + _PLAIN_READER
     return not word & EXCLUSIVE
 
 
@@ -143,15 +143,15 @@ def try_exclusive(words: Words, index: int) -> bool:
     word = words.view[index]
     if word & LOCK_MASK:
         return False
-    words.put(index, word | EXCLUSIVE)
+    words.cells[index] = word | EXCLUSIVE
     return True
 
 
 def release_shared(words: Words, index: int) -> None:
     """Stop being a reader of a plain lock."""
-    words.put(index, words.view[index] - _PLAIN_READER)
+    words.cells[index] = words.view[index] - _PLAIN_READER
 
 
 def release_exclusive(words: Words, index: int) -> None:
     """Stop being the owner of a plain lock."""
-    words.put(index, words.view[index] & ~LOCK_MASK)
+    words.cells[index] = words.view[index] & ~LOCK_MASK

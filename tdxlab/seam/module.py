@@ -177,15 +177,13 @@ class Module:
         status = TDX_SUCCESS if leaf else self._refuse_early(rax)
         if status == TDX_SUCCESS:
             call = Call(self, lp, rax & 0xFFFF, rax >> 16, registers)
-            steps = (leaf or LEAVES[call.leaf])(call)
             try:
-                while True:
-                    next(steps)
-            except StopIteration as end:
-                status = end.value or TDX_SUCCESS
-                call.release_all()
+                for _ in (leaf or LEAVES[call.leaf])(call):
+                    pass
             except _REFUSALS as end:
-                status = self._end(call, end)
+                self._refuse(call, end)
+            call.release_all()
+            status = call.status
         trace.count_seamcall(rax & 0xFFFF, status)
         if inputs is not None:
             self._log(lp, rax, inputs, status, registers)
@@ -205,23 +203,18 @@ class Module:
         status = self._refuse_early(rax)
         if status == TDX_SUCCESS:
             call = Call(self, lp, rax & 0xFFFF, rax >> 16, registers)
-            leaf = LEAVES[call.leaf](call)
             try:
-                while True:
-                    step = next(leaf)
+                for step in LEAVES[call.leaf](call):
                     self.calls_suspended += 1
                     try:
                         yield step
                     finally:
                         self.calls_suspended -= 1
-            except StopIteration as end:
-                status = end.value or TDX_SUCCESS
-                call.release_all()
-            except GeneratorExit:
-                call.release_all()
-                raise
             except _REFUSALS as end:
-                status = self._end(call, end)
+                self._refuse(call, end)
+            finally:
+                call.release_all()
+            status = call.status
         self.trace.count_seamcall(rax & 0xFFFF, status)
         if inputs is not None:
             self._log(lp, rax, inputs, status, registers)
@@ -251,16 +244,13 @@ class Module:
                 return TDX_SYS_NOT_READY
         return TDX_SUCCESS if leaf in LEAVES else _INVALID_RAX
 
-    def _end(self, call: Call, end: Exception) -> int:
-        """A leaf ended before its time: its locks are released; returns its status."""
+    def _refuse(self, call: Call, end: Exception) -> None:
+        """A leaf ended before its time: its status and extended information."""
         if isinstance(end, Refused):
-            call.show(end)
-            status = end.status
+            call.refuse(end)
         else:
             self.halted = str(end)
-            status = VMFAILINVALID
-        call.release_all()
-        return status
+            call.status = VMFAILINVALID
 
     # -- the guest's door
 
@@ -325,7 +315,7 @@ class Module:
     def add_children(self, td: Td, pages: int) -> None:
         """Change the number of 4 KiB pages that the TD owns."""
         words, index = self.memory.words, td.page + Tdr.CHLDCNT
-        words.put(index, words.view[index] + pages)
+        words.cells[index] = words.view[index] + pages
 
     @property
     def is_ready(self) -> bool:

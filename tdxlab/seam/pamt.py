@@ -112,21 +112,20 @@ class Pamt:
 
     def set_bepoch(self, entry: int, epoch: int) -> None:
         """Stamp the entry with the TD epoch at which it was blocked."""
-        self.words.put(entry + 1, epoch)
+        self.words.cells[entry + 1] = epoch
 
     def set_type(self, entry: int, page_type: int) -> None:
         """Write the type alone; owner and BEPOCH stay."""
         words = self.words
-        words.put(entry, (words.view[entry] & ~TYPE_MASK) | page_type << TYPE_SHIFT)
+        words.cells[entry] = (words.view[entry] & ~TYPE_MASK) | page_type << TYPE_SHIFT
 
     def give(self, entry: int, page_type: int, owner: int, bepoch: int = 0) -> None:
         """Give the page to the TD whose TDR is at `owner`; the lock word stays."""
         words = self.words
-        words.put(
-            entry, (words.view[entry] & LOCK_MASK) | page_type << TYPE_SHIFT | owner << _OWNER_UP
-        )
+        lock = words.view[entry] & LOCK_MASK
+        words.cells[entry] = lock | page_type << TYPE_SHIFT | owner << _OWNER_UP
         if words.view[entry + 1] != bepoch:
-            words.put(entry + 1, bepoch)
+            words.cells[entry + 1] = bepoch
 
     def is_all_free(self, hpa: int) -> bool:
         """True if the 512 4K entries of the 2 MiB range at `hpa` are PT_NDA."""

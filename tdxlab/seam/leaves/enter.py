@@ -75,7 +75,7 @@ def tdh_vp_enter(call: Call) -> Operation:
     load_guest_registers(call, page, hint=bool(rcx & _RECOVERABILITY_HINT))
     call.keep(inside)
     module.cpu.enter(call.lp, rcx & HPA_MASK, td.tdr)
-    return IN_GUEST
+    call.status = IN_GUEST
 
 
 def _join_epoch(call: Call, td: Td, page: int, is_new_here: bool) -> None:

@@ -79,7 +79,7 @@ def tdh_mem_page_add(call: Call) -> Operation:
     source_hpa, keyid = module.memory.split(source)
     content = module.memory.read(source_hpa, PAGE_SIZE, keyid)
     module.memory.write_page(target, content, td.hkid)
-    module.memory.words.put(place.word, sept.make_leaf(MAPPED_BITS, target))
+    module.memory.words.cells[place.word] = sept.make_leaf(MAPPED_BITS, target)
     block = measure.measured_block(measure.PAGE_ADD_NAME, gpa)
     measure.update(module.measurements, td.tdcs_hpa, block)
     module.pamt.give(entry, PT_REG, tdr)
@@ -101,7 +101,7 @@ def tdh_mem_page_aug(call: Call) -> Operation:
     entry = lock_free_range(call, hpa, OPERAND_ID_R8, place.sept_level)
     yield ("TDH.MEM.PAGE.AUG", tdr, gpa, place.sept_level, hpa)
     # -- effects: nothing below may fail
-    module.memory.words.put(place.word, sept.PENDING_LEAF | hpa)
+    module.memory.words.cells[place.word] = sept.PENDING_LEAF | hpa
     module.pamt.give(entry, PT_REG, tdr)
     module.add_children(td, PAGES_OF_SIZE[place.sept_level])
 
@@ -125,7 +125,7 @@ def tdh_mem_page_remove(call: Call) -> Operation:
     require_tracked(call, td, place, entry)
     yield ("TDH.MEM.PAGE.REMOVE", tdr, gpa, place.sept_level, hpa)
     # -- effects: nothing below may fail
-    module.memory.words.put(place.word, sept.FREE_ENTRY)
+    module.memory.words.cells[place.word] = sept.FREE_ENTRY
     module.add_children(td, -PAGES_OF_SIZE[place.sept_level])
     module.pamt.set_type(entry, PT_NDA)
     call.registers.rcx = hpa
@@ -167,7 +167,7 @@ def tdh_mem_sept_add(call: Call) -> Operation:
     module.memory.write_page(hpa, sept.FREE_PAGE, td.hkid)
     module.pamt.give(entry, PT_EPT, tdr)
     module.add_children(td, 1)
-    module.memory.words.put(place.word, sept.make_non_leaf(hpa))
+    module.memory.words.cells[place.word] = sept.make_non_leaf(hpa)
     if call.version == 1:
         registers.r8 = NULL_PA
 
@@ -224,7 +224,7 @@ def tdh_mem_sept_remove(call: Call) -> Operation:
         refuse_entry(TDX_EPT_PAGE_NOT_FREE + OPERAND_ID_RCX, place)
     yield ("TDH.MEM.SEPT.REMOVE", tdr, gpa, place.sept_level, hpa)
     # -- effects: nothing below may fail
-    module.memory.words.put(place.word, sept.FREE_ENTRY)
+    module.memory.words.cells[place.word] = sept.FREE_ENTRY
     module.add_children(td, -1)
     module.pamt.set_type(entry, PT_NDA)
     call.registers.rcx = hpa

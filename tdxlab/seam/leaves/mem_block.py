@@ -46,7 +46,7 @@ def tdh_mem_range_block(call: Call) -> Operation:
     yield ("TDH.MEM.RANGE.BLOCK", tdr, gpa, place.sept_level)
     # -- effects: nothing below may fail
     words = module.memory.words
-    words.put(place.word, sept.remake(place, SEPT_RESULT[call.leaf][bits]))
+    words.cells[place.word] = sept.remake(place, SEPT_RESULT[call.leaf][bits])
     module.pamt.set_bepoch(_mapped_entry(call, place), words.view[td.tdcs + Tdcs.TD_EPOCH])
 
 
@@ -74,7 +74,7 @@ def tdh_mem_range_unblock(call: Call) -> Operation:
         raise Refused(TDX_TLB_TRACKING_NOT_DONE + OPERAND_ID_SEPT_TREE)
     yield ("TDH.MEM.RANGE.UNBLOCK", tdr, gpa, place.sept_level)
     # -- effects: nothing below may fail
-    module.memory.words.put(place.word, sept.remake(place, SEPT_RESULT[call.leaf][bits]))
+    module.memory.words.cells[place.word] = sept.remake(place, SEPT_RESULT[call.leaf][bits])
 
 
 def tdh_mem_track(call: Call) -> Operation:

@@ -11,7 +11,6 @@ from tdxlab.abi.status import (
     TDX_NO_HKID_READY_TO_WBCACHE,
     TDX_OPERAND_BUSY,
     TDX_PAGE_METADATA_INCORRECT,
-    TDX_SUCCESS,
     TDX_TD_ASSOCIATED_PAGES_EXIST,
     TDX_WBCACHE_RESUME_ERROR,
 )
@@ -126,7 +125,7 @@ def tdh_phymem_cache_wb(call: Call) -> Operation:
         if not flushed:
             raise Refused(TDX_NO_HKID_READY_TO_WBCACHE)
         keys.snapshots.put(package, flushed)
-    return (yield from _write_back(call, package, saved))
+    yield from _write_back(call, package, saved)
 
 
 def _lock_write_back(call: Call, package: int) -> None:
@@ -153,8 +152,8 @@ def _write_back(call: Call, package: int, saved: int) -> Operation:
             break
         if module.conditions.interrupt_pending:
             module.keys.wbt.put(saved, block)
-            return TDX_INTERRUPTED_RESUMABLE
+            call.status = TDX_INTERRUPTED_RESUMABLE
+            return
     module.keys.wbt.put(saved, 0)
     module.keys.written_back(package)
     module.trace.count("package_wbinvd")
-    return TDX_SUCCESS

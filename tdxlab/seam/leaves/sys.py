@@ -225,4 +225,4 @@ def tdh_sys_update(call: Call) -> Operation:
     if module.system.view[Sys.INIT_LPS] != len(module.cpu.lps):
         raise Refused(TDX_SYS_STATE_INCORRECT)
     yield ("TDH.SYS.UPDATE",)
-    return TDX_SYS_INVALID_HANDOFF
+    call.status = TDX_SYS_INVALID_HANDOFF
