@@ -6,6 +6,7 @@ taken from the module's own tables.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,14 +19,19 @@ from tdxlab.study.plots import FONT
 
 #: Where the states that an unmigrated TD reaches stand in the diagram.
 SEPT_PLACES: dict[str, tuple[float, float]] = {
-    "FREE": (0.10, 0.5),
-    "PENDING": (0.45, 0.85),
-    "PENDING_BLOCKED": (0.85, 0.85),
-    "MAPPED": (0.45, 0.5),
-    "BLOCKED": (0.85, 0.5),
-    "NL_MAPPED": (0.45, 0.12),
-    "NL_BLOCKED": (0.85, 0.12),
+    "FREE": (0.5, 0.66),
+    "NL_MAPPED": (0.14, 0.95),
+    "NL_BLOCKED": (0.86, 0.95),
+    "MAPPED": (0.14, 0.35),
+    "BLOCKED": (0.86, 0.35),
+    "PENDING": (0.22, 0.05),
+    "PENDING_BLOCKED": (0.78, 0.05),
 }
+
+#: Pixels between an arrow and the line between its two states.
+_SIDE = 8
+#: Where an arrow's label stands, as a part of the way from its start.
+_LABEL_AT = 0.36
 
 
 class Arrow(NamedTuple):
@@ -74,7 +80,7 @@ def _build_diagram(
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1)
     for arrow in arrows:
-        _draw_arrow(ax, places[arrow.start], places[arrow.end], arrow.label)
+        _draw_arrow(ax, arrow, places)
     for state, (x, y) in places.items():
         look = looks[state]
         box = {"boxstyle": "round,pad=0.4", "facecolor": look.colour, "edgecolor": BLACK}
@@ -83,23 +89,29 @@ def _build_diagram(
         )
 
 
-def _draw_arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], label: str) -> None:
-    """A bent arrow with its label beside its middle; opposite arrows bend to opposite sides."""
-    (x0, y0), (x1, y1) = start, end
-    ax.annotate(
-        "",
-        xy=end,
-        xytext=start,
-        arrowprops={
-            "arrowstyle": "-|>",
-            "connectionstyle": "arc3,rad=0.18",
-            "color": "#555555",
-            "shrinkA": 22,
-            "shrinkB": 22,
-        },
-    )
-    middle = ((x0 + x1) / 2 + 0.09 * (y1 - y0), (y0 + y1) / 2 - 0.09 * (x1 - x0))
-    ax.annotate(label, xy=middle, ha="center", va="center", fontsize=FONT - 1)
+def _draw_arrow(ax: Axes, arrow: Arrow, places: Mapping[str, tuple[float, float]]) -> None:
+    """A straight arrow with its label nearer to its start; opposite arrows run side by side."""
+    (x0, y0), (x1, y1) = places[arrow.start], places[arrow.end]
+    across, up = (x1 - x0) * ax.bbox.width, (y1 - y0) * ax.bbox.height
+    length = math.hypot(across, up)
+    aside = (_SIDE * up / length / ax.bbox.width, -_SIDE * across / length / ax.bbox.height)
+    tail, head = (x0 + aside[0], y0 + aside[1]), (x1 + aside[0], y1 + aside[1])
+    style = {
+        "arrowstyle": "-|>",
+        "color": "#555555",
+        "shrinkA": _edge(arrow.start, across / length, up / length),
+        "shrinkB": _edge(arrow.end, across / length, up / length),
+    }
+    ax.annotate("", xy=head, xytext=tail, arrowprops=style)
+    place = (tail[0] + _LABEL_AT * (x1 - x0), tail[1] + _LABEL_AT * (y1 - y0))
+    box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
+    ax.annotate(arrow.label, xy=place, ha="center", va="center", fontsize=FONT - 1, bbox=box)
+
+
+def _edge(state: str, cosine: float, sine: float) -> float:
+    """Points from the middle of a state's box to its edge, in the direction given."""
+    half_width, half_height = 0.33 * FONT * (len(state) + 3), 1.7 * FONT
+    return min(half_width / max(abs(cosine), 0.01), half_height / max(abs(sine), 0.01))
 
 
 def sept_arrows() -> list[Arrow]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -94,7 +94,7 @@ def side_by_side(
     return list(figure.axes)
 
 
-# -- stacked bars, which all bar plots are made of
+# -- the two kinds of bars that all bar plots are made of
 
 
 class Series(NamedTuple):
@@ -107,55 +107,90 @@ class Series(NamedTuple):
 def bars(
     ax: Axes,
     categories: Sequence[str],
-    series: Sequence[Series],
+    values: Sequence[int],
+    looks: Sequence[Look],
     *,
     unit: str,
     title: str,
-    legend: bool = True,
 ) -> Axes:
-    """Horizontal bars, one for each category, stacked from `series`; totals stand at their ends.
+    """Horizontal bars, one for each category in its own look; values stand at their ends.
 
-    unit: label of the axis. legend: name the series, if there are several. Categories read from
-    top to bottom.
+    unit: label of the axis. Categories read from top to bottom.
     """
-    key = repr((title, list(categories), [one.look.name for one in series]))
+    key = repr((title, list(categories)))
     if ax.get_gid() != key:
-        _build_bars(ax, categories, series)
-        _label(ax, title=title, x=unit)
-        if legend and len(series) > 1:
-            ax.legend(fontsize=FONT - 1, loc="lower right", frameon=False)
-        ax.set_gid(key)
-    ends = [0] * len(categories)
-    for container, one in zip(ax.containers, series, strict=True):
-        assert isinstance(container, BarContainer)
-        for place, (patch, value) in enumerate(zip(container.patches, one.values, strict=True)):
-            patch.set_x(ends[place])
-            patch.set_width(value)
-            ends[place] += value
-    for label, end in zip(ax.texts, ends, strict=True):
-        label.set_x(end)
-        label.set_text(f" {end}")
-    ax.set_xlim(0, max([*ends, 1]) * _ROOM_FOR_NUMBERS)
+        _start(ax, categories, title=title, unit=unit, key=key)
+        ax.barh(
+            range(len(categories)),
+            values,
+            color=[look.colour for look in looks],
+            hatch=[look.hatch for look in looks],
+            edgecolor=BLACK,
+            linewidth=0.5,
+        )
+    _set_widths(ax, [values])
     return ax
 
 
-def _build_bars(ax: Axes, categories: Sequence[str], series: Sequence[Series]) -> None:
+def stacked_bars(
+    ax: Axes, categories: Sequence[str], series: Sequence[Series], *, unit: str, title: str
+) -> Axes:
+    """Horizontal bars, each stacked from all `series`, whose letters stand in them; as `bars`."""
+    names = [f"{one.look.letter} {one.look.name}" for one in series]
+    key = repr((title, list(categories), names))
+    if ax.get_gid() != key:
+        _start(ax, categories, title=title, unit=": ".join([unit, *names[:1]]), key=key)
+        ax.set_xlabel(", ".join([ax.get_xlabel(), *names[1:]]))
+        for look, values in series:
+            ax.barh(
+                range(len(categories)),
+                values,
+                color=look.colour,
+                hatch=look.hatch,
+                edgecolor=BLACK,
+                linewidth=0.5,
+            )
+            _add_texts(ax, len(categories), colour=look.ink, at="center")
+    _set_widths(ax, [one.values for one in series], [one.look.letter for one in series])
+    return ax
+
+
+def _start(ax: Axes, categories: Sequence[str], *, title: str, unit: str, key: str) -> None:
+    """Empty axes with a row for each category."""
     ax.clear()
-    places = range(len(categories))
-    for look, _ in series:
-        ax.barh(
-            places,
-            [0] * len(categories),
-            color=look.colour,
-            hatch=look.hatch,
-            edgecolor=BLACK,
-            linewidth=0.5,
-            label=f"{look.letter} {look.name}".strip(),
-        )
-    for place in places:
-        ax.text(0, place, "", va="center", fontsize=FONT)
-    ax.set_yticks(places, categories, fontsize=FONT)
+    ax.set_gid(key)
+    _add_texts(ax, len(categories), colour=BLACK, at="left")
+    ax.set_yticks(range(len(categories)), categories)
     ax.set_ylim(len(categories) - 0.4, -0.6)
+    _label(ax, title=title, x=unit)
+
+
+def _add_texts(ax: Axes, rows: int, *, colour: str, at: Literal["left", "center"]) -> None:
+    for row in range(rows):
+        ax.text(0, row, "", va="center", ha=at, fontsize=FONT, color=colour)
+
+
+def _set_widths(ax: Axes, stacks: Sequence[Sequence[int]], letters: Sequence[str] = ()) -> None:
+    """Give the bars that are there their places and widths, and the texts their places and words.
+
+    The axes' texts are the totals of the rows, then the letters of each bar if there are any.
+    """
+    rows = len(ax.get_yticks())
+    ends = [0] * rows
+    for number, (container, values) in enumerate(zip(ax.containers, stacks, strict=True)):
+        assert isinstance(container, BarContainer)
+        for row, (patch, value) in enumerate(zip(container.patches, values, strict=True)):
+            patch.set_x(ends[row])
+            patch.set_width(value)
+            if letters:
+                label = ax.texts[rows * (number + 1) + row]
+                label.set_x(ends[row] + value / 2)
+                label.set_text(letters[number] if value else "")
+            ends[row] += value
+    for label, end in zip(ax.texts[:rows], ends, strict=True):
+        label.set_x(end)
+        label.set_text(f" {end}")
+    ax.set_xlim(0, max([*ends, 1]) * _ROOM_FOR_NUMBERS)
 
 
 def _label(ax: Axes, *, title: str, x: str, y: str = "") -> None:
@@ -182,7 +217,7 @@ def occupancy(rows: Sequence[SeptCount], ax: Axes) -> Axes:
         Series(SEPT_LOOKS[state], [count.get((*place, state), 0) for place in places])
         for state in states
     ]
-    return bars(ax, names, series, unit="entries", title="Secure EPT, entries in use")
+    return stacked_bars(ax, names, series, unit="entries", title="Secure EPT, entries in use")
 
 
 def _levels(rows: Sequence[SeptCount]) -> list[str]:
@@ -193,38 +228,26 @@ def _levels(rows: Sequence[SeptCount]) -> list[str]:
 
 def pamt_types(rows: Sequence[PamtCount], ax: Axes) -> Axes:
     """4 KiB pages of each PAMT type. rows: of `tables.pamt_pages`."""
-    names = [f"{PAGE_TYPE_LOOKS[row.page_type].letter} {row.page_type}" for row in rows]
-    series = [
-        Series(
-            PAGE_TYPE_LOOKS[row.page_type],
-            [row.pages if place == own else 0 for place in range(len(rows))],
-        )
-        for own, row in enumerate(rows)
-    ]
-    title = "PAMT, pages in use"
-    return bars(ax, names, series, unit="4 KiB pages", title=title, legend=False)
+    looks = [PAGE_TYPE_LOOKS[row.page_type] for row in rows]
+    names = [f"{look.letter} {look.name}" for look in looks]
+    pages = [row.pages for row in rows]
+    return bars(ax, names, pages, looks, unit="4 KiB pages", title="PAMT, pages in use")
 
 
 def calls_per_leaf(rows: Sequence[LeafCount], ax: Axes) -> Axes:
     """SEAMCALLs of each leaf, coloured by the leaf's group. rows: of `tables.seamcalls...`."""
-    groups = list(dict.fromkeys(row.group for row in rows))
-    series = [
-        Series(
-            GROUP_LOOKS.get(group, GROUP_LOOKS["other"]),
-            [row.calls if row.group == group else 0 for row in rows],
-        )
-        for group in groups
-    ]
-    names = [row.leaf.removeprefix("TDH.") for row in rows]
-    return bars(ax, names, series, unit="SEAMCALLs", title="SEAMCALLs per leaf (TDH.)")
+    looks = [GROUP_LOOKS.get(row.group, GROUP_LOOKS["other"]) for row in rows]
+    names = [row.leaf for row in rows]
+    calls = [row.calls for row in rows]
+    return bars(ax, names, calls, looks, unit="SEAMCALLs", title="SEAMCALLs per leaf")
 
 
 def calls_per_phase(rows: Sequence[PhaseCount], ax: Axes) -> Axes:
     """SEAMCALLs of each phase. rows: of `tables.seamcalls_per_phase`."""
-    series = [Series(PLAIN, [row.calls for row in rows])]
-    return bars(
-        ax, [row.phase for row in rows], series, unit="SEAMCALLs", title="SEAMCALLs per phase"
-    )
+    names = [row.phase for row in rows]
+    calls = [row.calls for row in rows]
+    looks = [PLAIN] * len(rows)
+    return bars(ax, names, calls, looks, unit="SEAMCALLs", title="SEAMCALLs per phase")
 
 
 def calls_over_time(rows: Sequence[TimePoint], ax: Axes) -> Axes:

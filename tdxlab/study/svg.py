@@ -166,14 +166,15 @@ def pamt_base(tdr: int) -> int:
 
 
 class _Box(NamedTuple):
-    """One S-EPT page of the tree: its used entries, and where its top left corner is."""
+    """One S-EPT page of the tree: its used entries, its top left corner and its width."""
 
     rows: list[SeptRow]
     x: int
     y: int
+    width: int
 
 
-_BOX_WIDTH, _ROW_HEIGHT, _GAP = 96, 18, 12
+_TREE_WIDTH, _ROW_HEIGHT, _GAP = 440, 18, 10
 
 
 def sept_tree(rows: Sequence[SeptRow], *, levels: int, title: str, most: int = 12) -> str:
@@ -187,7 +188,7 @@ def sept_tree(rows: Sequence[SeptRow], *, levels: int, title: str, most: int = 1
         (box.y + _ROW_HEIGHT * len(box.rows) for column in columns for box in column), default=60
     )
     hidden = len(rows) - sum(len(box.rows) for column in columns for box in column)
-    width, height = levels * (_BOX_WIDTH + _GAP) - _GAP + 2, bottom + 34
+    width, height = _TREE_WIDTH, bottom + 34
     body = [text(1, 13, title, size=12)]
     body += [_level_name(level, levels) for level in range(levels)]
     body += [_links(parents, children) for parents, children in pairwise(columns)]
@@ -199,7 +200,7 @@ def sept_tree(rows: Sequence[SeptRow], *, levels: int, title: str, most: int = 1
 
 
 def _column_x(level: int, levels: int) -> int:
-    return 1 + (levels - 1 - level) * (_BOX_WIDTH + _GAP)
+    return 1 + (levels - 1 - level) * (_TREE_WIDTH // levels)
 
 
 def _level_name(level: int, levels: int) -> str:
@@ -213,7 +214,7 @@ def _boxes(rows: Sequence[SeptRow], level: int, levels: int, most: int) -> list[
         pages.setdefault(row.entry_hpa >> PAGE_SHIFT, []).append(row)
     boxes, y = [], 36
     for page in pages.values():
-        boxes.append(_Box(page, _column_x(level, levels), y))
+        boxes.append(_Box(page, _column_x(level, levels), y, _TREE_WIDTH // levels - _GAP))
         y += _ROW_HEIGHT * len(page) + _GAP
     return boxes
 
@@ -222,7 +223,7 @@ def _box_svg(box: _Box) -> str:
     """A box: for each entry its index, its letter and the end of its state's name."""
     height = _ROW_HEIGHT * len(box.rows)
     frame = (
-        f'<rect x="{box.x}" y="{box.y}" width="{_BOX_WIDTH}" height="{height}" fill="#fff" '
+        f'<rect x="{box.x}" y="{box.y}" width="{box.width}" height="{height}" fill="#fff" '
         f'stroke="{_LINE}"/>'
     )
     return frame + "".join(
@@ -251,7 +252,7 @@ def _link(parent: _Box, children: Sequence[_Box]) -> str:
     for place, row in enumerate(parent.rows):
         for child in children:
             if _is_child(row, child.rows[0]):
-                x, y = parent.x + _BOX_WIDTH, parent.y + _ROW_HEIGHT * place + _ROW_HEIGHT // 2
+                x, y = parent.x + parent.width, parent.y + _ROW_HEIGHT * place + _ROW_HEIGHT // 2
                 lines.append(f"M{x} {y}L{child.x} {child.y + _ROW_HEIGHT // 2}")
     return f'<path d="{"".join(lines)}" stroke="{_LINE}" fill="none"/>' if lines else ""
 
