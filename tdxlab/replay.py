@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from tdxlab.conformance import TraceError, TraceRun
+from tdxlab.conformance import TraceRun
+from tdxlab.recorded import TraceError
 
 #: Mismatches that are shown in full.
 SHOWN = 10
@@ -135,6 +136,8 @@ def load(path: Path) -> dict[str, Any]:
         raise TraceError(f"{path}: not a trace: not text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise TraceError(f"{path}: not JSON (line {error.lineno}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"{path}: not a trace: {error}") from None
     except OSError as error:
         raise TraceError(f"{path}: {error.strerror}") from None
     for key in ("platform", "steps"):
