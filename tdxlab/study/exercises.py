@@ -162,4 +162,6 @@ def _written(answer: Any) -> str:
     """An answer as people write it."""
     if isinstance(answer, set | frozenset):
         return "{" + ", ".join(sorted(map(str, answer))) + "}"
+    if isinstance(answer, list | tuple):
+        return ", ".join(map(str, answer))
     return str(answer)

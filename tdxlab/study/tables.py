@@ -23,6 +23,7 @@ from tdxlab.seam.rules import (
     PT_RSVD,
     SEPT_STATES,
     TD_LIFECYCLE_NAMES,
+    TD_TEARDOWN,
 )
 from tdxlab.tape import Action, Tape
 
@@ -85,8 +86,8 @@ class KeyOwner(NamedTuple):
 
 
 class TdRow(NamedTuple):
-    """One TD. op_state: "-" until it has control pages. pages: 4 KiB pages that it owns besides
-    the TDR. epoch: its TLB epoch.
+    """One TD. op_state: "-" while its control pages are not in use. pages: 4 KiB pages that it owns
+    besides the TDR. epoch: its TLB epoch.
     """
 
     tdr: int
@@ -147,11 +148,12 @@ def tds(machine: Machine) -> list[TdRow]:
 
 def _td_row(machine: Machine, tdr: int) -> TdRow:
     info = views.td_info(machine, tdr)
+    has_control_pages = "op_state" in info and info["lifecycle_state"] != TD_TEARDOWN
     return TdRow(
         tdr,
         info["hkid"],
         TD_LIFECYCLE_NAMES[info["lifecycle_state"]],
-        OP_STATE_NAMES[info["op_state"]] if "op_state" in info else "-",
+        OP_STATE_NAMES[info["op_state"]] if has_control_pages else "-",
         info.get("num_vcpus", 0),
         info["chldcnt"],
         info.get("td_epoch", 0),
