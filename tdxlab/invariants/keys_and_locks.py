@@ -97,7 +97,8 @@ def other_locks_are_free(picture: Picture) -> Iterator[str]:
         for name, word in (("op-state", Tdcs.OP_STATE_LOCK), ("RTMRs", Tdcs.RTMR_LOCK)):
             words[f"{name} of {td}"] = td.tdcs_field(word) & ~HOST_PRIORITY
         for link in td.links:
-            words[f"{link} of {td}"] = link.raw & sept.LOCKED
+            if link.raw & sept.LOCKED:
+                words[f"{link} of {td}"] = link.raw & sept.LOCKED
     for name, word in words.items():
         if word & LOCK_MASK:
             yield f"the lock of {name} is {word & LOCK_MASK:#x} and should be free"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tdxlab.arch import level_size
-from tdxlab.invariants.picture import Picture, name_of
+from tdxlab.invariants.picture import Link, Picture, TdPicture, name_of
 from tdxlab.seam.pamt import PAGES_OF_SIZE, SIZE_NAMES
 from tdxlab.seam.rules import PAGE_TYPE_NAMES, PT_EPT, PT_NDA, PT_REG, PT_TDCX, PT_TDR
 from tdxlab.seam.td import Tdr
@@ -17,8 +17,9 @@ def what_the_sept_links_is_owned_by_the_td(picture: Picture) -> Iterator[str]:
     for td in picture.living():
         for link in td.links:
             page_type, size = (PT_REG, link.sept_level) if link.is_leaf else (PT_EPT, 0)
-            found = pamt.describe(link.hpa, size)
-            if (found.page_type, found.owner) != (page_type, td.tdr):
+            entry = pamt.entry(link.hpa, size)
+            if (pamt.page_type(entry), pamt.owner(entry)) != (page_type, td.tdr):
+                found = pamt.describe(link.hpa, size)
                 yield (
                     f"{link} of {td} holds {name_of(found)} with owner {found.owner:#x}; "
                     f"it should be {PAGE_TYPE_NAMES[page_type]} of that TD"
@@ -27,12 +28,13 @@ def what_the_sept_links_is_owned_by_the_td(picture: Picture) -> Iterator[str]:
 
 def nothing_is_linked_twice(picture: Picture) -> Iterator[str]:
     """3: a page or table is under one entry of one TD."""
-    seen: dict[int, str] = {}
+    seen: dict[int, tuple[Link, TdPicture]] = {}
     for td in picture.living():
         for link in td.links:
             if link.hpa in seen:
-                yield f"{link} of {td} holds {link.hpa:#x}, and so does {seen[link.hpa]}"
-            seen[link.hpa] = f"{link} of {td}"
+                other, owner = seen[link.hpa]
+                yield f"{link} of {td} holds {link.hpa:#x}, and so does {other} of {owner}"
+            seen[link.hpa] = link, td
 
 
 def what_a_td_owns_is_in_its_sept(picture: Picture) -> Iterator[str]:
@@ -79,10 +81,12 @@ def pages_in_use_belong_to_a_td(picture: Picture) -> Iterator[str]:
 
 def pages_are_represented_at_one_level(picture: Picture) -> Iterator[str]:
     """12: an entry in use has only free ones above it; big pages are PT_REG."""
-    used = {(row.size, row.hpa) for row in picture.rows if row.page_type != PT_NDA}
+    used = {(row.size, row.hpa) for row in picture.rows if row.size and row.page_type != PT_NDA}
     for row in picture.rows:
-        if row.size and row.page_type not in (PT_NDA, PT_REG):
+        if row.page_type == PT_NDA:
+            continue
+        if row.size and row.page_type != PT_REG:
             yield f"{name_of(row)} is bigger than 4 KiB and not PT_REG"
         for size in range(row.size + 1, 3):
-            if row.page_type != PT_NDA and (size, row.hpa & -level_size(size)) in used:
+            if (size, row.hpa & -level_size(size)) in used:
                 yield f"{name_of(row)} lies in a page that is in use as {SIZE_NAMES[size]}"

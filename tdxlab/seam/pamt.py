@@ -50,6 +50,7 @@ _OWNER_DOWN = PamtWord.owner_pfn.low
 TYPE_MASK = PamtWord.page_type.mask
 TYPE_SHIFT = PamtWord.page_type.low
 _OWNER_UP = PamtWord.owner_pfn.low - PAGE_SHIFT
+_RESERVED = PT_RSVD << TYPE_SHIFT
 
 
 class PamtEntry(NamedTuple):
@@ -177,7 +178,6 @@ class Pamt:
             if chunk == _ALL_FREE[: len(chunk)]:
                 continue
             for number in range(start, start + min(PAGES_PER_2M, count)):
-                found = self.describe(base + number * step, size)
-                is_idle = found.page_type == PT_NDA and not found.lock
-                if found.page_type != PT_RSVD and not is_idle:
-                    yield found
+                word = self.words.view[first + 2 * number] & (TYPE_MASK | LOCK_MASK)
+                if word and word & TYPE_MASK != _RESERVED:
+                    yield self.describe(base + number * step, size)
