@@ -171,8 +171,8 @@ class HostTd:
         self._lp_of_vcpu[vcpu] = lp
 
     def kick(self, lp: int) -> GuestOutcome:
-        """Take the guest out of `lp` with an interrupt."""
-        return self.host.door.interrupt(lp)
+        """Take the guest out of `lp` with an IPI."""
+        return self.host.door.kick(lp)
 
     def accept(self, lp: int, gpa: int, sept_level: int = 0) -> GuestOutcome:
         """The guest inside `lp` accepts a page."""

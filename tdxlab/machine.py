@@ -109,9 +109,15 @@ class Machine:
         )
 
     def interrupt(self, lp: int) -> GuestOutcome:
-        """An external interrupt takes the vCPU out of `lp`; an IPI from the host does this."""
+        """An external interrupt takes the vCPU out of `lp`."""
         rax, registers = self.guest_registers(lp)
         return self.vm_exit(lp, EXIT_INTERRUPT, registers, rax=rax)
+
+    def kick(self, lp: int) -> GuestOutcome:
+        """The host sends an IPI to `lp`, and the vCPU leaves."""
+        self.module.require_guest(lp)
+        self.cpu.send_ipi(lp)
+        return self.interrupt(lp)
 
     def tdcall(self, lp: int, rax: int, registers: Registers) -> GuestOutcome:
         """TDCALL by the vCPU inside `lp`. rax: leaf number | version << 16."""

@@ -142,11 +142,9 @@ class Tape:
         outcome: GuestOutcome = self._do(action)
         return outcome
 
-    def interrupt(self, lp: int) -> GuestOutcome:
-        """As `Machine.interrupt`."""
-        action = Action(
-            "VM exit", lp, "interrupt", self.phase, {}, lambda: self.machine.interrupt(lp)
-        )
+    def kick(self, lp: int) -> GuestOutcome:
+        """As `Machine.kick`."""
+        action = Action("VM exit", lp, "interrupt", self.phase, {}, lambda: self.machine.kick(lp))
         outcome: GuestOutcome = self._do(action)
         return outcome
 
