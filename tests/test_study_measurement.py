@@ -38,6 +38,7 @@ from tdxlab.study.measurement_log import (
     swap_with_next,
 )
 from tdxlab.study.recorded_mrtd import recorded_rows, recorded_tds
+from tdxlab.study.report_layout import FIELDS, field
 
 EMPTY_SHA384 = hashlib.sha384(b"").hexdigest()
 TWO_PAGES: Image = (Page("A", 0x4000_0000, b"one"), Page("A", 0x4000_1000, b"two"))
@@ -334,3 +335,31 @@ def test_bytes_by_page_and_over_calls_count_the_same() -> None:
     points = drawn.bytes_over_calls(built.tape.actions, built.log)
     assert points[-1].hashed == sum(sum(row[1:]) for row in rows) == len(hashed(built.log))
     assert points[-1].calls == sum(action.kind == "SEAMCALL" for action in built.tape.actions)
+
+
+# -- the report's layout
+
+
+def test_report_fields_stand_where_the_module_writes_them() -> None:
+    built = build(Recipe(attributes=1 << 28))
+    event = built.extend_rtmr(2, 0xFFE2_0000)
+    report = built.report()
+    assert field(report, "MRTD").hex() == built.mrtd()
+    assert field(report, "ATTRIBUTES") == (1 << 28).to_bytes(8, "little")
+    assert field(report, "XFAM") == (3).to_bytes(8, "little")
+    assert field(report, "RTMR 2") == extend_rtmr(bytes(48), event)
+    assert field(report, "RTMR 1") == bytes(48)
+    assert field(report, "SHA-384 of TDINFO") == hashlib.sha384(report[TD_INFO:]).digest()
+
+
+def test_report_fields_do_not_overlap_and_the_rest_is_zero() -> None:
+    ends = [one.offset + one.size for one in FIELDS]
+    assert all(end <= one.offset for end, one in zip(ends, FIELDS[1:], strict=False))
+    covered = {byte for one in FIELDS for byte in range(one.offset, one.offset + one.size)}
+    report = build(Recipe()).report()
+    assert all(report[byte] == 0 for byte in range(1024) if byte not in covered)
+
+
+def test_field_refuses_an_unknown_name() -> None:
+    with pytest.raises(ValueError, match="MROWNERCONFIG"):
+        field(bytes(1024), "RTMR 4")
