@@ -142,10 +142,16 @@ class Tape:
         outcome: GuestOutcome = self._do(action)
         return outcome
 
+    def interrupt(self, lp: int) -> GuestOutcome:
+        """As `Machine.interrupt`."""
+        return self._take_out(lp, lambda: self.machine.interrupt(lp))
+
     def kick(self, lp: int) -> GuestOutcome:
         """As `Machine.kick`."""
-        action = Action("VM exit", lp, "interrupt", self.phase, {}, lambda: self.machine.kick(lp))
-        outcome: GuestOutcome = self._do(action)
+        return self._take_out(lp, lambda: self.machine.kick(lp))
+
+    def _take_out(self, lp: int, play: Callable[[], GuestOutcome]) -> GuestOutcome:
+        outcome: GuestOutcome = self._do(Action("VM exit", lp, "interrupt", self.phase, {}, play))
         return outcome
 
     def touch(self, lp: int, gpa: int, *, write: bool = False) -> Translation | GuestOutcome:
