@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
+#: The folder of notes and answers for those who teach; readers get no copy of it.
+INSTRUCTOR_FOLDER = "instructor"
+
 
 def copy_fresh(source: Path, folder: Path) -> list[Path]:
-    """Copy every file below `source` into `folder`, beside what a reader has there.
+    """Copy every file of a reader's below `source` into `folder`, beside what a reader has there.
 
     A file that is in `folder` already and unchanged is left alone. If the reader changed it, theirs
     stays and the fresh copy gets the next free name, `00-a-tds-life (2).ipynb` for one.
@@ -20,13 +23,17 @@ def copy_fresh(source: Path, folder: Path) -> list[Path]:
 
 
 def _visible_files(source: Path) -> list[Path]:
-    """The files below `source`, sorted, without hidden ones such as `.ipynb_checkpoints`."""
+    """The files below `source` that are a reader's, sorted: none hidden, none for instructors."""
     return sorted(
         path
         for path in source.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(source).parts)
+        if path.is_file() and not any(map(_is_kept_back, path.relative_to(source).parts))
     )
+
+
+def _is_kept_back(name: str) -> bool:
+    """True for hidden files and folders, `.ipynb_checkpoints` for one, and for the instructor's."""
+    return name.startswith(".") or name == INSTRUCTOR_FOLDER
 
 
 def _copy(path: Path, wanted: Path) -> Path | None:

@@ -54,11 +54,12 @@ def test_copy_fresh_never_writes_through_a_link(source: Path, tmp_path: Path) ->
     assert (folder / "00-a-tds-life (2).ipynb").read_text() == "fresh"
 
 
-def test_copy_fresh_skips_hidden_files(source: Path, tmp_path: Path) -> None:
-    (source / ".ipynb_checkpoints").mkdir()
-    (source / ".ipynb_checkpoints" / NAME).write_text("old")
+@pytest.mark.parametrize("kept_back", [".ipynb_checkpoints", "instructor"])
+def test_copy_fresh_keeps_some_folders_back(source: Path, tmp_path: Path, kept_back: str) -> None:
+    (source / kept_back).mkdir()
+    (source / kept_back / NAME).write_text("not for readers")
     copy_fresh(source, tmp_path / "mine")
-    assert not (tmp_path / "mine" / ".ipynb_checkpoints").exists()
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {NAME, "images"}
 
 
 def test_copy_fresh_refuses_a_folder_that_is_a_file(source: Path, tmp_path: Path) -> None:
