@@ -17,6 +17,7 @@ from tdxlab.study.console_tables import (
     page_bill,
     pages_chart,
     pages_over_calls,
+    pamt_drawing,
     story,
 )
 from tdxlab.study.tables import USED_PAGE_TYPES
@@ -253,7 +254,7 @@ def test_pages_over_calls_end_where_the_tape_stands() -> None:
     desk = desk_before("enter", 48)
     rows = pages_over_calls(desk.tape)
     assert [row.call for row in rows] == list(range(len(desk.tape) + 1))
-    assert dict(zip(USED_PAGE_TYPES, rows[-1].pages, strict=True)) == {
+    assert {kind: getattr(rows[-1], kind) for kind in USED_PAGE_TYPES} == {
         "PT_REG": 1,
         "PT_TDR": 1,
         "PT_TDCX": 11,
@@ -282,6 +283,12 @@ def test_page_bill_adds_up(gpaw: int) -> None:
     *parts, total = page_bill(desk.machine, BASE)
     assert [row.pages for row in parts] == [1, 6, 1, 5, sept_levels(gpaw) - 1, 1]
     assert total.pages == sum(row.pages for row in parts)
+
+
+def test_pamt_drawing_counts_what_it_draws() -> None:
+    drawn = pamt_drawing(desk_before("enter", 48).machine)
+    assert "11" in repr(drawn)
+    assert "1 PT_TDR, 11 PT_TDCX, 1 PT_TDVPR, 3 PT_EPT, 1 PT_REG" in drawn.svg
 
 
 def test_pages_chart_stacks_the_numbers_of_the_table() -> None:

@@ -21,7 +21,7 @@ from tdxlab.seam.td import NO_LP, Tdvps
 
 PAMT, KEYID, TD, VCPU, SEPT = "PAMT", "KeyID", "TD", "vCPU", "S-EPT"
 
-_ORDER = (PAMT, KEYID, TD, VCPU, SEPT)
+_LIFE_CYCLE = "life cycle"
 
 #: What a line says that is not in the book.
 _ABSENT = {PAMT: "PT_NDA", KEYID: "FREE", SEPT: "FREE"}
@@ -100,23 +100,21 @@ def read_books(machine: Machine) -> Books:
 def compare(before: Books, after: Books) -> list[Change]:
     """The lines that differ, those of pages first.
 
-    S-EPT entries of a TD whose key is gone are left out: nobody can read them any more.
+    Left out: S-EPT entries of a TD whose key is gone, because nobody can read them any more, and
+    all but the life cycle of a TD that is gone itself.
     """
     lines = {*before, *after}
-    readable = {line.tdr for line, text in after.items() if text == _KEYS_CONFIGURED}
     found = (Change(line, _text(before, line), _text(after, line)) for line in lines)
-    return sorted(
-        (
-            change
-            for change in found
-            if change.before != change.after
-            and (change.line.book != SEPT or change.line.tdr in readable)
-        ),
-        key=lambda change: (_ORDER.index(change.line.book), change.line.tdr, change.line.what),
-    )
+    told = (c for c in found if c.before != c.after and _is_told(c.line, after))
+    order = (PAMT, KEYID, TD, VCPU, SEPT)
+    return sorted(told, key=lambda c: (order.index(c.line.book), c.line.tdr, c.line.what))
 
 
-_KEYS_CONFIGURED = TD_LIFECYCLE_NAMES[TD_KEYS_CONFIGURED]
+def _is_told(line: Line, after: Books) -> bool:
+    life = after.get(line._replace(book=TD, what=_LIFE_CYCLE))
+    if line.book == SEPT:
+        return life == TD_LIFECYCLE_NAMES[TD_KEYS_CONFIGURED]
+    return line.book != TD or line.what == _LIFE_CYCLE or life is not None
 
 
 def _text(books: Books, line: Line) -> str:
@@ -126,7 +124,7 @@ def _text(books: Books, line: Line) -> str:
 
 def _td_lines(machine: Machine, tdr: int) -> Books:
     info = views.td_info(machine, tdr)
-    lines = {Line(TD, tdr, "life cycle"): TD_LIFECYCLE_NAMES[info["lifecycle_state"]]}
+    lines = {Line(TD, tdr, _LIFE_CYCLE): TD_LIFECYCLE_NAMES[info["lifecycle_state"]]}
     if "op_state" in info:
         lines[Line(TD, tdr, "op state")] = OP_STATE_NAMES[info["op_state"]]
     keyed = [p for p in machine.cpu.packages if info["pkg_config_bitmap"] >> p & 1]

@@ -30,10 +30,8 @@ from tdxlab.study.guide import (
     next_to_build,
     next_to_tear_down,
 )
-from tdxlab.study.things import BAD_PARAMS_BUFFER, resolve, things
+from tdxlab.study.things import BAD_PARAMS_BUFFER, BY_HAND, resolve, things, usual_thing
 from tdxlab.tape import Tape
-
-BY_HAND = "by hand"
 
 STAGES = (*BUILD, *TEAR_DOWN)
 
@@ -48,6 +46,13 @@ def find_leaf(name: str) -> Leaf:
         return MODELLED[name]
     near = difflib.get_close_matches(name.upper(), MODELLED, n=3, cutoff=0.4)
     raise ValueError(f"no modelled leaf is called {name!r}; near it: {', '.join(near) or 'none'}")
+
+
+def usual(leaf: str) -> dict[str, str]:
+    """Register -> the thing that usually goes there, for each register of a leaf that has one."""
+    found = find_leaf(leaf)
+    named = {register: usual_thing(found, register) for register in found.inputs}
+    return {register: thing for register, thing in named.items() if thing != BY_HAND}
 
 
 class Desk:

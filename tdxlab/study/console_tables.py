@@ -9,9 +9,11 @@ from matplotlib.axes import Axes
 
 from tdxlab import views
 from tdxlab.machine import Machine
+from tdxlab.study import svg
 from tdxlab.study.books import pages, vcpu
 from tdxlab.study.console import Desk
 from tdxlab.study.palette import BLACK, PAGE_TYPE_LOOKS
+from tdxlab.study.show import Drawing, text_table
 from tdxlab.study.tables import USED_PAGE_TYPES, pamt_pages
 from tdxlab.tape import Tape
 
@@ -36,7 +38,11 @@ class PagesAt(NamedTuple):
 
     call: int
     leaf: str
-    pages: tuple[int, ...]
+    PT_REG: int
+    PT_TDR: int
+    PT_TDCX: int
+    PT_TDVPR: int
+    PT_EPT: int
 
 
 class KeyAt(NamedTuple):
@@ -72,12 +78,12 @@ def _joined(one: StoryRow, more: StoryRow) -> StoryRow:
 
 
 def pages_over_calls(tape: Tape) -> list[PagesAt]:
-    """Pages of each type (in the order of USED_PAGE_TYPES) from the first action to the present."""
+    """Pages of each type from the first action to the present; leaves the tape where it is."""
     here, rows = tape.position, []
     for position in range(here + 1):
         tape.seek(position)
-        counts = tuple(row.pages for row in pamt_pages(tape.machine))
-        rows.append(PagesAt(position, tape.last.name if tape.last else "", counts))
+        counts = {row.page_type: row.pages for row in pamt_pages(tape.machine)}
+        rows.append(PagesAt(position, tape.last.name if tape.last else "(boot)", **counts))
     return rows
 
 
@@ -136,14 +142,21 @@ def page_bill(machine: Machine, tdr: int) -> list[BillRow]:
     ]
 
 
+def pamt_drawing(machine: Machine) -> Drawing:
+    """The PAMT of the first 2 MiB of the TDMR as a map, and its counts as text."""
+    counts = [row for row in pamt_pages(machine) if row.pages]
+    drawn = svg.pamt_map(views.pamt_rows(machine), machine.platform.tdmrs[0].base)
+    return Drawing(drawn, text_table(counts))
+
+
 def pages_chart(rows: Sequence[PagesAt], ax: Axes) -> Axes:
     """Pages of each type over the calls, stacked. rows: of `pages_over_calls`."""
     ax.clear()
     calls = [row.call for row in rows]
     floor = [0] * len(rows)
-    for place, kind in enumerate(USED_PAGE_TYPES):
+    for kind in USED_PAGE_TYPES:
         look = PAGE_TYPE_LOOKS[kind]
-        top = [low + row.pages[place] for low, row in zip(floor, rows, strict=True)]
+        top = [low + getattr(row, kind) for low, row in zip(floor, rows, strict=True)]
         ax.fill_between(
             calls,
             floor,

@@ -22,7 +22,8 @@ from tdxlab.study.console import MODELLED, Desk, find_leaf
 from tdxlab.study.console_views import answer_view, books_view, changes_view
 from tdxlab.study.guide import INTERRUPT
 from tdxlab.study.panels import Panel
-from tdxlab.study.register_rows import RegisterRow, usual_thing
+from tdxlab.study.register_rows import RegisterRow
+from tdxlab.study.things import usual_thing
 
 _REGISTERS = ("rcx", "rdx", "r8", "r9", "r10", "r11")
 

@@ -7,35 +7,7 @@ from typing import Any
 
 import ipywidgets
 
-from tdxlab.abi.leaves import Leaf
-from tdxlab.study.things import resolve
-
-BY_HAND = "by hand"
-
-#: Part of a register's meaning -> the thing that goes there; the first part that is found counts.
-_USUAL = {
-    "level of the linking entry": "GPA, level 3",
-    "with the level": "GPA, level 0",
-    "GPA": "GPA, level 0",
-    "TD_PARAMS": "TD_PARAMS",
-    "source page": "source page",
-    "KeyID in its upper bits": "free page, module's KeyID",
-    "private KeyID": "free KeyID",
-    "TDR": "TDR",
-    "new TDVPR page": "free page",
-    "TDVPR": "TDVPR",
-    "new": "free page",
-    "HPA of the page": "TDR",
-    "start": "0",
-}
-
-
-def usual_thing(leaf: Leaf, register: str) -> str:
-    """The name of what usually goes into a register of a leaf; BY_HAND if nothing does."""
-    meaning = leaf.inputs[register]
-    if "new" in meaning and "HPA" in meaning:
-        return "free page"
-    return next((thing for part, thing in _USUAL.items() if part in meaning), BY_HAND)
+from tdxlab.study.things import BY_HAND, resolve
 
 
 class RegisterRow:

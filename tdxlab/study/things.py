@@ -12,17 +12,39 @@ from __future__ import annotations
 import difflib
 
 from tdxlab import views
+from tdxlab.abi.leaves import Leaf
 from tdxlab.arch import PAGE_SIZE, SIZE_2M, level_size, sept_levels
 from tdxlab.host import SOURCE_PAGE_BUFFER, TD_PARAMS_BUFFER
 from tdxlab.machine import Machine
 from tdxlab.scenarios import CODE_GPA, HEAP_GPA
 from tdxlab.seam.rules import HKID_FREE, PT_NDA
 
+#: No thing: a number that the reader types.
+BY_HAND = "by hand"
+
 #: Where the console keeps parameters that the module must refuse.
 BAD_PARAMS_BUFFER = TD_PARAMS_BUFFER + PAGE_SIZE
 
 #: What stands in for "a page that no TDMR holds".
 _OUTSIDE = 0x2000_0000
+
+
+#: Part of a register's meaning -> the thing that goes there; the first part that is found counts.
+_USUAL = {
+    "level of the linking entry": "GPA, level 3",
+    "with the level": "GPA, level 0",
+    "GPA": "GPA, level 0",
+    "TD_PARAMS": "TD_PARAMS",
+    "source page": "source page",
+    "KeyID in its upper bits": "free page, module's KeyID",
+    "private KeyID": "free KeyID",
+    "TDR": "TDR",
+    "new TDVPR page": "free page",
+    "TDVPR": "TDVPR",
+    "new": "free page",
+    "HPA of the page": "TDR",
+    "start": "0",
+}
 
 
 def things(machine: Machine, gpaw: int) -> dict[str, int]:
@@ -65,6 +87,14 @@ def resolve(value: int | str, held: dict[str, int]) -> int:
             f"nothing here is called {value!r} now; there is {', '.join(near)}, "
             "or give a number such as 0x100000000"
         ) from None
+
+
+def usual_thing(leaf: Leaf, register: str) -> str:
+    """The name of what usually goes into a register of a leaf; BY_HAND if nothing does."""
+    meaning = leaf.inputs[register]
+    if "new" in meaning and "HPA" in meaning:
+        return "free page"
+    return next((thing for part, thing in _USUAL.items() if part in meaning), BY_HAND)
 
 
 def free_page(machine: Machine) -> int | None:
