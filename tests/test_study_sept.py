@@ -308,7 +308,7 @@ def test_field_rows_cover_the_declared_bits_and_show_what_is_hidden() -> None:
     raw = sept.make_leaf(SEPT_STATE_BY_NAME["BLOCKED"].bits, 0x1_0000_0000) | sept.HOST_PRIORITY
     seen = Seen(*sept.report(raw, 0))
     rows = {row.name: row for row in entry.field_rows(raw, seen.rcx)}
-    assert rows["HPA"].raw == rows["HPA"].shown == 0x1_0000_0000
+    assert rows["HPA"][2:4] == (0x1_0000_0000, "0x100000000")
     assert entry.hidden_fields(raw, seen) == ["TDHP", "TDB"]
     assert entry.state_bits_text(raw) == "TDP 0 TDB 1 TDBW 0 TDEX 0 D 0 PS 1 IPAT 1"
 

@@ -42,13 +42,13 @@ _CELL, _ROW_BITS = 10, 32
 
 class FieldRow(NamedTuple):
     """One field of an entry. bits: such as "51:12". raw: its value in memory; shown: in RCX of
-    TDH.MEM.SEPT.RD, None where no RCX is at hand.
+    TDH.MEM.SEPT.RD, in hex, "-" where no RCX is at hand.
     """
 
     bits: str
     name: str
     raw: int
-    shown: int | None
+    shown: str
     meaning: str
 
 
@@ -59,11 +59,15 @@ def field_rows(raw: int, shown: int | None = None) -> list[FieldRow]:
             _range(field),
             MEANINGS[field.name][0],
             field.extract(raw),
-            None if shown is None else field.extract(shown),
+            "-" if shown is None else f"{field.extract(shown):#x}",
             MEANINGS[field.name][1],
         )
         for field in Septe.fields()
     ]
+
+
+def _is_hidden(row: FieldRow) -> bool:
+    return row.shown not in ("-", f"{row.raw:#x}")
 
 
 def _range(field: Bits) -> str:
@@ -72,7 +76,7 @@ def _range(field: Bits) -> str:
 
 def hidden_fields(raw: int, seen: Seen) -> list[str]:
     """Names of the fields that the host is shown otherwise than they stand in memory."""
-    return [row.name for row in field_rows(raw, seen.rcx) if row.raw != row.shown]
+    return [row.name for row in field_rows(raw, seen.rcx) if _is_hidden(row)]
 
 
 def state_bits_text(raw: int) -> str:
@@ -131,12 +135,10 @@ def entry_table(raw: int, seen: Seen | None) -> str:
 
 
 def _html_row(row: FieldRow) -> str:
-    is_hidden = row.shown is not None and row.shown != row.raw
-    shown = "-" if row.shown is None else f"{row.shown:x}"
-    colour = ' style="background:#fbe3d5"' if is_hidden else ""
+    colour = ' style="background:#fbe3d5"' if _is_hidden(row) else ""
     weight = ' style="font-weight:bold"' if row.raw else ""
     cell = '<td style="padding:0 4px;text-align:left;white-space:nowrap">'
     return (
         f"<tr{colour}>{cell}{row.bits}</td>{cell}{row.name}</td>{cell}<span{weight}>{row.raw:x}"
-        f"</span></td>{cell}{shown}</td>{cell}{row.meaning}</td></tr>"
+        f"</span></td>{cell}{row.shown.removeprefix('0x')}</td>{cell}{row.meaning}</td></tr>"
     )

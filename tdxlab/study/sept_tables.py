@@ -49,7 +49,7 @@ def _kind(state: SeptState) -> str:
 
 
 class WalkRow(NamedTuple):
-    """One step of a walk from the root. hpa: of the table looked into; number: of the entry there."""
+    """One step of a walk from the root. hpa: of the table; number: of the entry in it."""
 
     level: str
     hpa: int
@@ -73,8 +73,8 @@ def walk_rows(lab: SeptLab, gpa: int = FIRST_GPA, level: int = 0) -> list[WalkRo
 class MoveRow(NamedTuple):
     """One leaf that takes an entry: at which levels, and how it changes the state.
 
-    changes: "before | before -> after" of the states that this model reaches. once_final: what the module
-    asks for besides once TDH.MR.FINALIZE is done.
+    changes: "before | before -> after" of the states that this model reaches. once_final: what the
+    module asks for besides once TDH.MR.FINALIZE is done.
     """
 
     leaf: str
