@@ -152,6 +152,7 @@ def tdh_mng_addcx(call: Call) -> Operation:
     yield ("TDH.MNG.ADDCX", td.tdr, hpa)
     # -- effects: nothing below may fail
     module.memory.write_page(hpa, _TDCX_FILLING.get(index, ZERO_PAGE), td.hkid)
+    module.memory.frame(hpa)  # has to be there before a call that is refused looks at a field
     words.put(td.page + Tdr.TDCX_PA + index, module.memory.join(hpa, td.hkid))
     words.put(td.page + Tdr.NUM_TDCX, index + 1)
     module.add_children(td, 1)
