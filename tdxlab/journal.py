@@ -140,8 +140,8 @@ class Words:
     count: number of words, all zero at first. typecode: "Q" (64 bit) or "H" (16 bit).
     sparse: back it with private anonymous memory of which only touched 4 KiB pages cost anything.
 
-    Read through `view[i]`; write through `put(i, value)`, `fill`, or in hot loops `cells[i] = value`,
-    which is `view` itself while nothing is recorded. Look `cells` up at each use.
+    Read through `view[i]`; write through `put(i, value)`, `fill`, or in hot loops through `cells`,
+    which is `view` itself while nothing is recorded: look it up at each use.
     extent: words from here on were never written; who writes upwards may lower it, so that a digest
     need not look at them.
     """

@@ -15,7 +15,8 @@ hook fails, the MMU restores the old value and retries. Removing happens after t
 cleared, and cannot be refused: a failing remove is a bug that ends the VM, a failing free leaks the
 page. The TDP MMU stays free of TDX: it sees this protocol and nothing else.
 
-Source: Linux 6.16, arch/x86/include/asm/kvm_host.h (struct kvm_x86_ops), arch/x86/kvm/mmu/tdp_mmu.c.
+Source: Linux 6.16, arch/x86/include/asm/kvm_host.h (struct kvm_x86_ops) and
+arch/x86/kvm/mmu/tdp_mmu.c.
 Differs: the hooks are step generators, so that other vCPUs can run in the middle of one; in Linux
 they take the VM as first argument, here the object is bound to its VM.
 """
