@@ -140,7 +140,6 @@ class Module:
 
     memory, cpu, trace, platform: the machine it runs on. pamt, keys, system, tdmrs: its own tables.
     measurements: HPA of a TD's first TDCS page -> the running hash of its MRTD.
-    halted: why the module stopped, None while it lives.
     """
 
     def __init__(
@@ -160,7 +159,7 @@ class Module:
         self.all_packages = (1 << platform.packages) - 1
         #: Any of these bits set: not the address of a 4 KiB page of memory, KeyID bits included.
         self.not_an_hpa = MASK64 & ~(memory.pa_mask & HPA_MASK)
-        self.halted: str | None = None
+        self._end = Table(journal)
         #: SEAMCALLs of other LPs that a step driver holds in their middle.
         self.calls_suspended = 0
 
@@ -172,7 +171,7 @@ class Module:
             self.require_host(lp)
         trace = self.trace
         inputs = registers.as_dict() if trace.logging else None
-        is_plain = self.system.view[Sys.STATE] == SYS_READY and not self.halted
+        is_plain = self.system.view[Sys.STATE] == SYS_READY and not self._end
         leaf = LEAVES.get(rax) if is_plain else None
         status = TDX_SUCCESS if leaf else self._refuse_early(rax)
         if status == TDX_SUCCESS:
@@ -252,6 +251,18 @@ class Module:
             self.halted = str(end)
             call.status = VMFAILINVALID
 
+    @property
+    def halted(self) -> str | None:
+        """Why the module stopped, None while it lives; a rewind takes it back."""
+        return self._end.get("reason")
+
+    @halted.setter
+    def halted(self, reason: str | None) -> None:
+        if reason is not None:
+            self._end.put("reason", reason)
+        elif self._end:
+            self._end.drop("reason")
+
     # -- the guest's door
 
     def vm_exit(
@@ -282,6 +293,7 @@ class Module:
             )
         except (ModuleFatal, MachineCheck) as stop:
             self.halted = str(stop)
+            self.cpu.leave(lp)
             outcome = GuestOutcome(True, VMFAILINVALID, Registers())
         if self.trace.logging:
             is_tdcall = reason == EXIT_TDCALL

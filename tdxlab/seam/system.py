@@ -18,7 +18,6 @@ class Sys:
     LOCK = 1
     INIT_LPS = 2
     KEYED_PACKAGES = 3  # bitmap
-    HALTED = 4
     LPS = 8  # two words for each LP, from here on
 
     LP_INITIALISED, LP_LAST_VCPU, WORDS_PER_LP = 0, 1, 2

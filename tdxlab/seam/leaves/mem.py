@@ -246,10 +246,10 @@ def tdh_mem_sept_rd(call: Call) -> Operation:
     """TDH.MEM.SEPT.RD: read an S-EPT entry as far as the host may see it.
 
     RCX: GPA and level (0 up to the root's). RDX: HPA of the TDR; bit 0 asks a debug TD for nested
-    VMs' entries. Returns the entry in RCX, its level and state in RDX.
+    VMs' attributes. Returns the entry in RCX, its level and state in RDX; R8 = 0 if bit 0 asks.
     Refuses, in order: as `begin_td`; bit 0 and not DEBUG (RDX); as `begin_entry`.
     Source: TDX module 1.5.01, tdh_mem_sept_rd.c.
-    Differs: bit 0 changes nothing for a debug TD, as nested VMs are not modelled.
+    Differs: nested VMs are not modelled, so no page has attributes for one.
     """
     module, registers = call.module, call.registers
     asks_for_l2 = registers.rdx & _READ_L2
@@ -261,3 +261,5 @@ def tdh_mem_sept_rd(call: Call) -> Operation:
     yield ("TDH.MEM.SEPT.RD", td.tdr, gpa, place.sept_level)
     # -- effects: nothing below may fail
     registers.rcx, registers.rdx = sept.report(place.septe, place.sept_level)
+    if asks_for_l2:
+        registers.r8 = 0
