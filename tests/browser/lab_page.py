@@ -9,6 +9,12 @@ from playwright.sync_api import Page, Request
 MILLISECONDS = 60_000
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
 RUN_ALL = ".jp-ToolbarButtonComponent[data-command='notebook:restart-run-all']"
+#: Before its session starts, a notebook says "idle" too, with "No Kernel" as the kernel's name.
+KERNEL_READY = """() => {
+    const name = document.querySelector('.jp-KernelName')?.textContent ?? 'No Kernel';
+    const light = document.querySelector('.jp-Notebook-ExecutionIndicator');
+    return !name.includes('No Kernel') && light?.dataset.status === 'idle';
+}"""
 ALL_COUNTED = """() => {
     const counts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')]
         .map(prompt => prompt.textContent.trim());
@@ -35,7 +41,7 @@ class LabPage:
         """Open `notebook` (relative to the working folder) and wait for its kernel."""
         self.page.goto(f"{server}/lab/tree/{quote(notebook)}?reset&token={token}")
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-        self.page.wait_for_selector(IDLE)
+        self.page.wait_for_function(KERNEL_READY)
 
     def run_all(self) -> None:
         """Restart the kernel, run every cell, and wait until each has its execution count."""
