@@ -1,4 +1,4 @@
-"""What the tests of the module's corners share: the bench of the leaf tests, and hands on PAMT locks.
+"""What the tests of the corners share: the bench of the leaf tests, and hands on PAMT locks.
 
 PAMT lock words: 1 exclusive, 2 the host waits, 4 for each reader.
 """
