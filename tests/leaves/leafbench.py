@@ -12,7 +12,7 @@ from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import describe
 from tdxlab.abi.structs import make_td_params
-from tdxlab.hardware import Region, TdmrPlan, default_platform
+from tdxlab.hardware import Platform, Region, TdmrPlan, default_platform
 from tdxlab.host import Host
 from tdxlab.journal import Words
 from tdxlab.machine import Machine
@@ -89,11 +89,14 @@ def details(raw: int, sept_level: int) -> dict[str, int]:
 
 
 class Bench:
-    """One booted machine: 4 LPs in 2 packages, one TDMR of 2 GiB. `reset` makes it new."""
+    """One machine, booted if not told otherwise: 4 LPs in 2 packages, one TDMR of 2 GiB. `reset`
+    makes it new.
+    """
 
-    def __init__(self) -> None:
-        self.machine = Machine(PLATFORM)
-        Host(self.machine).boot()
+    def __init__(self, platform: Platform = PLATFORM, *, boot: bool = True) -> None:
+        self.machine = Machine(platform)
+        if boot:
+            Host(self.machine).boot()
         self._mark = self.machine.mark()
         self.reset()
 

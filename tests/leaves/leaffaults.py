@@ -48,7 +48,7 @@ class Case:
     def __init__(
         self,
         bench: Bench,
-        td: BuiltTd,
+        td: BuiltTd | None,
         leaf: int,
         clears: Iterable[str] = (),
         *,
@@ -56,10 +56,16 @@ class Case:
         version: int = 0,
         **registers: int,
     ) -> None:
-        self.bench, self.td, self.leaf = bench, td, leaf
+        self.bench, self.leaf, self._td = bench, leaf, td
         self.clears, self.lp, self.version = tuple(clears), lp, version
         self.registers = dict(registers)
         self.hpa = 0
+
+    @property
+    def td(self) -> BuiltTd:
+        """The TD that the call is about."""
+        assert self._td is not None
+        return self._td
 
     def call(self) -> tuple[int, Registers]:
         return self.bench.call(self.leaf, lp=self.lp, version=self.version, **self.registers)
@@ -162,6 +168,7 @@ def check_alone(bench: Bench, table: Refusals, number: int) -> None:
 def check_pairs(bench: Bench, table: Refusals, number: int) -> None:
     """The fault wins over every later one."""
     case = table.make(bench)
+    bench = case.bench
     registers, lp, version = dict(case.registers), case.lp, case.version
     mark = bench.machine.mark()
     first = table.faults[number]
