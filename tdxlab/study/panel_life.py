@@ -104,10 +104,13 @@ class LifePanel(Panel):
             self._run(command.name, command.page)
 
     def _run(self, name: str, page: int) -> None:
+        """Do a command and note where it ended; one that was refused at once leaves no trace."""
+        start = self.tape.position
         try:
             _COMMANDS[name](self, CODE_GPA + page * PAGE_SIZE)
         finally:
-            self._commands.append(_Command(name, page, self.tape.position))
+            if self.tape.position > start:
+                self._commands.append(_Command(name, page, self.tape.position))
 
     def _build(self, _: int) -> None:
         td = HostTd(Host(self.machine, self.tape), gpaw=self.gpaw, max_vcpus=1)

@@ -1,0 +1,75 @@
+"""One panel on a notebook's page, as a reader drives it: by mouse or by keyboard alone."""
+
+from __future__ import annotations
+
+from playwright.sync_api import Locator, Page
+
+from tdxlab.study.panels import Panel
+
+SAYS = "([panel, text]) => document.querySelector(panel).textContent.includes(text)"
+
+
+class PanelPage:
+    """The panel that the page shows. number: which one, if a notebook has several."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.root = page.locator(".tdxlab-panel")
+        self.root.wait_for()
+
+    def part(self, css_class: str) -> Locator:
+        """The element with a class of the panel's, such as "tdxlab-step"."""
+        return self.root.locator(f".{css_class}")
+
+    def sentence(self) -> str:
+        """What the live region says."""
+        return self.part("tdxlab-summary").locator("[role=status][aria-live=polite]").inner_text()
+
+    def wait_for(self, text: str) -> None:
+        """Wait until the sentence contains `text`."""
+        self.page.wait_for_function(SAYS, arg=[".tdxlab-panel .tdxlab-summary", text])
+
+    def wait_for_error(self, text: str) -> None:
+        """Wait until the panel complains about `text`."""
+        self.page.wait_for_function(SAYS, arg=[".tdxlab-panel .tdxlab-error", text])
+
+    def numbers(self) -> dict[str, int]:
+        """The numbers that the page shows."""
+        found = self.part("tdxlab-numbers").locator("[data-number]").all()
+        return {
+            str(element.get_attribute("data-number")): int(element.inner_text())
+            for element in found
+        }
+
+    def click(self, css_class: str, then: str) -> None:
+        """Click a button and wait until the sentence contains `then`."""
+        self.part(css_class).click()
+        self.wait_for(then)
+
+    def press(self, css_class: str, key: str, then: str) -> None:
+        """Put the focus on a control, press a key, and wait as `click` does."""
+        self.handle(css_class).focus()
+        self.page.keyboard.press(key)
+        self.wait_for(then)
+
+    def handle(self, css_class: str) -> Locator:
+        """What takes the focus of a control: a slider's handle, the player's button, a button."""
+        part = self.part(css_class)
+        inner = part.locator(".noUi-handle, button")
+        return inner.first if inner.count() else part
+
+    def type_position(self, position: int, then: str) -> None:
+        """Type a position into the readout of the slider."""
+        self.part("tdxlab-scrub").locator(".widget-readout").click()
+        self.page.keyboard.press("Control+A")
+        self.page.keyboard.type(str(position))
+        self.page.keyboard.press("Enter")
+        self.wait_for(then)
+
+    def image(self) -> str:
+        """Where the browser has the figure from; another address after each redraw."""
+        return str(self.part("tdxlab-figure").get_attribute("src"))
+
+    def agrees_with(self, panel: Panel) -> bool:
+        """True if the page shows the numbers and the sentence of a panel in this process."""
+        return self.numbers() == panel.numbers() and panel.summary() in self.sentence()
