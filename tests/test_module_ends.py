@@ -280,3 +280,53 @@ def test_a_rewind_brings_a_halted_module_back(bench: Bench) -> None:
     bench.machine.rewind(mark)
     assert bench.machine.module.halted is None
     td.track()
+
+
+# -- a host that writes where it must not
+
+
+@pytest.mark.parametrize("page", ["TDR", "TDCS", "TDVPR", "S-EPT root", "S-EPT table"])
+@pytest.mark.parametrize("by", ["TDH.SYS.INFO", "a store", "MOVDIR64B of the whole page"])
+def test_the_module_halts_on_a_control_page_that_the_host_has_written_to(
+    bench: Bench, page: str, by: str
+) -> None:
+    td = runnable(bench)
+    td.aug(GPA)
+    hpa = {
+        "TDR": td.tdr,
+        "TDCS": td.cx[0],
+        "TDVPR": td.vcpus[0],
+        "S-EPT root": td.cx[3],
+        "S-EPT table": td.tables[GPA, 1],
+    }[page]
+    if by == "TDH.SYS.INFO":
+        bench.must(abi.TDH_SYS_INFO, rcx=hpa, rdx=1024, r8=SOURCE, r9=32)
+    elif by == "a store":
+        bench.machine.store(hpa, b"\1")
+    else:
+        bench.machine.clear(hpa)
+    assert bench.machine.module.halted is None
+    leaf = abi.TDH_VP_FLUSH if page == "TDVPR" else abi.TDH_MEM_RANGE_BLOCK
+    operand = td.vcpus[0] if page == "TDVPR" else GPA
+    assert bench.call(leaf, rcx=operand, rdx=td.tdr)[0] == VMFAILINVALID
+    assert f"{hpa:#x}" in str(bench.machine.module.halted)
+
+
+def test_the_module_halts_when_a_guest_exits_from_a_td_that_the_host_has_written_to(
+    bench: Bench,
+) -> None:
+    td = runnable(bench)
+    td.enter()
+    bench.machine.store(td.cx[0], b"\1")
+    assert bench.machine.interrupt(0).status == VMFAILINVALID
+    assert bench.call(abi.TDH_SYS_RD, rdx=0)[0] == VMFAILINVALID
+
+
+def test_a_page_that_the_host_cleared_after_its_td_is_as_good_as_new(bench: Bench) -> None:
+    td = bench.td()
+    td.end()
+    for hpa in (*td.cx, td.tdr):
+        bench.must(abi.TDH_PHYMEM_PAGE_RECLAIM, rcx=hpa)
+        bench.machine.clear(hpa)
+    bench.must(abi.TDH_MNG_CREATE, rcx=td.cx[0], rdx=td.keyid)
+    bench.must(abi.TDH_MNG_KEY_CONFIG, rcx=td.cx[0])
