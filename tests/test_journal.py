@@ -1,0 +1,152 @@
+"""The undo log: marks, rewinds, digests."""
+
+import random
+
+import pytest
+
+from tdxlab.journal import Journal, Mark, Table, Words
+
+
+class Stores:
+    """One journal with a store of each kind."""
+
+    def __init__(self) -> None:
+        self.journal = Journal()
+        self.words = Words(self.journal, 1024)
+        self.small = Words(self.journal, 8, typecode="H")
+        self.sparse = Words(self.journal, 1 << 20, sparse=True)
+        self.table = Table(self.journal)
+
+    def change(self, choose: random.Random) -> None:
+        """One random change."""
+        match choose.randrange(5):
+            case 0:
+                self.words.put(choose.randrange(1024), choose.getrandbits(64))
+            case 1:
+                self.small.put(choose.randrange(8), choose.getrandbits(16))
+            case 2:
+                start = choose.randrange(1 << 19)
+                self.sparse.fill(start, choose.randbytes(8 * choose.randrange(1, 600)))
+            case 3:
+                self.table.put(choose.randrange(9), choose.random())
+            case _ if self.table:
+                self.table.drop(choose.choice(list(self.table)))
+
+
+@pytest.fixture
+def stores() -> Stores:
+    return Stores()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rewind_restores_the_digest_at_nested_marks(stores: Stores, seed: int) -> None:
+    choose = random.Random(seed)
+    marks: list[tuple[Mark, str]] = []
+    for _ in range(200):
+        action = choose.random()
+        if action < 0.1:
+            marks.append((stores.journal.mark(), stores.journal.digest()))
+        elif action < 0.15 and marks:
+            del marks[choose.randrange(len(marks)) + 1 :]
+            mark, digest = marks[-1]
+            stores.journal.rewind(mark)
+            assert stores.journal.digest() == digest
+        else:
+            stores.change(choose)
+    for mark, digest in reversed(marks):
+        stores.journal.rewind(mark)
+        assert stores.journal.digest() == digest
+
+
+def test_a_mark_can_be_used_again(stores: Stores) -> None:
+    mark = stores.journal.mark()
+    for value in (1, 2):
+        stores.words.put(0, value)
+        stores.journal.rewind(mark)
+        assert stores.words.view[0] == 0
+
+
+def test_rewind_kills_later_marks_and_no_earlier_one(stores: Stores) -> None:
+    first, second, third = (stores.journal.mark() for _ in range(3))
+    stores.journal.rewind(second)
+    with pytest.raises(ValueError, match=r"journal\.mark\(\)"):
+        stores.journal.rewind(third)
+    stores.journal.rewind(first)
+
+
+def test_release_keeps_the_changes_and_the_other_marks(stores: Stores) -> None:
+    outer = stores.journal.mark()
+    stores.table.put("a", 1)
+    inner = stores.journal.mark()
+    stores.table.put("b", 2)
+    stores.journal.release(inner)
+    assert dict(stores.table) == {"a": 1, "b": 2}
+    stores.journal.rewind(outer)
+    assert dict(stores.table) == {}
+
+
+def test_nothing_is_recorded_without_a_mark(stores: Stores) -> None:
+    stores.words.put(1, 1)
+    assert (len(stores.journal), stores.journal.recording) == (0, False)
+    mark = stores.journal.mark()
+    stores.words.put(1, 2)
+    assert (len(stores.journal), stores.journal.recording) == (1, True)
+    stores.journal.release(mark)
+    assert (len(stores.journal), stores.journal.recording) == (0, False)
+
+
+def test_release_and_rewind_refuse_a_mark_that_is_gone(stores: Stores) -> None:
+    mark = stores.journal.mark()
+    stores.journal.release(mark)
+    for use in (stores.journal.release, stores.journal.rewind):
+        with pytest.raises(ValueError, match="not held any more"):
+            use(mark)
+    stores.journal.forget(mark)
+
+
+def test_a_store_made_while_recording_is_recorded(stores: Stores) -> None:
+    mark = stores.journal.mark()
+    late = Words(stores.journal, 4)
+    late.put(0, 7)
+    stores.journal.rewind(mark)
+    assert late.view[0] == 0
+
+
+def test_digest_sees_every_store_and_place(stores: Stores) -> None:
+    digests = {stores.journal.digest()}
+    for store, index in ((stores.words, 0), (stores.words, 1), (stores.small, 0)):
+        store.put(index, 1)
+        digests.add(stores.journal.digest())
+    stores.sparse.put((1 << 20) - 1, 1)
+    digests.add(stores.journal.digest())
+    for value in (1, 2):
+        stores.table.put("key", value)
+        digests.add(stores.journal.digest())
+    assert len(digests) == 7
+
+
+def test_digest_can_leave_a_store_out(stores: Stores) -> None:
+    before = stores.journal.digest(without=stores.words)
+    stores.words.put(0, 1)
+    assert stores.journal.digest(without=stores.words) == before
+    stores.small.put(0, 1)
+    assert stores.journal.digest(without=stores.words) != before
+
+
+def test_digest_does_not_depend_on_the_order_in_which_keys_came() -> None:
+    one, other = Stores(), Stores()
+    for stores, keys in ((one, (1, 2)), (other, (2, 1))):
+        for key in keys:
+            stores.table.put(key, key)
+    assert one.journal.digest() == other.journal.digest()
+
+
+def test_words_read_and_fill_little_endian(stores: Stores) -> None:
+    stores.words.fill(3, bytes(range(16)))
+    assert stores.words.view[3] == 0x0706_0504_0302_0100
+    assert stores.words.read(3, 2) == bytes(range(16))
+
+
+def test_sparse_words_refuse_more_than_the_address_space() -> None:
+    with pytest.raises(ValueError, match="with less memory"):
+        Words(Journal(), 1 << 58, sparse=True)
