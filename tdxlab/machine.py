@@ -63,11 +63,12 @@ class Machine:
         return self.module.seamcall_steps(lp, rax, registers)
 
     def store(self, hpa: int, data: bytes) -> None:
-        """The host stores `data` at `hpa` under KeyID 0. Refuses addresses without RAM:
-        ValueError.
+        """The host stores `data` at `hpa` under KeyID 0; a control page of the module does not
+        survive it. Refuses addresses without RAM: ValueError.
         """
         self.memory.require_ram(hpa, len(data))
         self.memory.write(hpa, data)
+        self.module.notice_store(hpa, len(data))
 
     def clear(self, hpa: int) -> None:
         """The host clears the page at `hpa`: 64 MOVDIR64B stores under KeyID 0, which end poison
@@ -81,6 +82,7 @@ class Machine:
             )
         self.memory.require_ram(hpa, PAGE_SIZE)
         self.memory.clear_page(hpa)
+        self.module.notice_store(hpa, PAGE_SIZE)
 
     # -- the guest
 

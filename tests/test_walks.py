@@ -5,10 +5,14 @@ from functools import cache
 
 import pytest
 
+from tdxlab.abi import leaves as abi
+from tdxlab.abi.outcome import VMFAILINVALID
 from tdxlab.abi.registers import Registers
+from tdxlab.abi.status import TDX_SUCCESS
 from tdxlab.journal import Mark
 from tdxlab.machine import Machine
 from tdxlab.seam.exits import EXIT_EXCEPTION
+from tdxlab.seam.rules import PT_EPT, PT_TDCX, PT_TDR, PT_TDVPR
 from tdxlab.tape import Tape
 from tests.scene import Scene, crowded_scene
 from tests.walker import NothingToDo, Walker
@@ -138,3 +142,25 @@ def test_rewind_brings_a_halted_module_back_to_life() -> None:
     scene.machine.rewind(mark)
     assert scene.machine.module.halted is None
     assert scene.machine.digest() == before
+
+
+@pytest.mark.parametrize("structure", ["tdr", "tdcx", "tdvpr", "table"])
+def test_store_into_a_control_page_halts_the_module(structure: str) -> None:
+    scene = crowded_scene()
+    page_type = {"tdr": PT_TDR, "tdcx": PT_TDCX, "tdvpr": PT_TDVPR, "table": PT_EPT}[structure]
+    hpa = scene.pages(page_type)[0]
+    mark = scene.machine.mark()
+    scene.machine.store(hpa + 8, b"\xff")
+    assert f"{hpa:#x} (PT_" in str(scene.machine.module.halted)
+    made = draw(Walker(scene, lambda options: options[0]), abi.TDH_PHYMEM_PAGE_RDMD)
+    assert made is not None
+    assert scene.machine.seamcall(*made) == VMFAILINVALID
+    scene.machine.rewind(mark)
+    assert scene.machine.seamcall(*made) == TDX_SUCCESS
+
+
+def test_store_into_a_free_page_halts_nothing() -> None:
+    scene = crowded_scene()
+    scene.machine.store(scene.free_pages()[0], b"\xff")
+    scene.machine.clear(scene.free_pages()[0])
+    assert scene.machine.module.halted is None

@@ -92,6 +92,8 @@ def tdg_mr_report(guest: Guest) -> int:
         target = map_any(guest, registers.rcx, OPERAND_ID_RCX, write=True)
         data = memory.read(source.hpa, REPORT_DATA_SIZE, source.keyid)
         memory.write(target.hpa, make_report(td_info(guest), data), target.keyid)
+        if target.keyid != guest.td.hkid:
+            guest.module.notice_store(target.hpa, REPORT_SIZE)
     finally:
         release_shared_hp(memory.words, lock)
     return TDX_SUCCESS

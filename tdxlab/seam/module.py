@@ -20,7 +20,7 @@ from tdxlab.abi.status import (
     TDX_SYS_NOT_READY,
     TDX_SYS_SHUTDOWN,
 )
-from tdxlab.arch import HPA_MASK
+from tdxlab.arch import HPA_MASK, PAGE_SIZE
 from tdxlab.cpu import Cpu
 from tdxlab.hardware import Platform
 from tdxlab.journal import Journal, Table, Words
@@ -44,7 +44,7 @@ from tdxlab.seam.leaves import (
     vp,
 )
 from tdxlab.seam.pamt import Pamt
-from tdxlab.seam.rules import SYS_READY, SYS_SHUTDOWN
+from tdxlab.seam.rules import CONTROL_PAGE_TYPES, PAGE_TYPE_NAMES, SYS_READY, SYS_SHUTDOWN
 from tdxlab.seam.system import Sys
 from tdxlab.seam.td import Td, Tdcs, Tdr
 from tdxlab.steps import Operation
@@ -262,6 +262,22 @@ class Module:
             self._end.put("reason", reason)
         elif self._end:
             self._end.drop("reason")
+
+    def notice_store(self, hpa: int, size: int) -> None:
+        """Somebody stored `size` bytes at `hpa` under a shared KeyID. If they hit a page in which
+        the module keeps control structures, the module halts.
+
+        Differs: the real module halts when it next reads what was overwritten, a machine check. A
+        machine without encryption does not notice, and its structures are garbage.
+        """
+        if not self.memory.encrypted:
+            return
+        for page in range(hpa & -PAGE_SIZE, hpa + size, PAGE_SIZE):
+            if page >> 30 in self.pamt.blocks:
+                page_type = self.pamt.page_type(self.pamt.entry(page, 0))
+                if page_type in CONTROL_PAGE_TYPES:
+                    name = PAGE_TYPE_NAMES[page_type]
+                    self.halted = f"the host overwrote the module's page {page:#x} ({name})"
 
     # -- the guest's door
 

@@ -369,3 +369,6 @@ PAGE_TYPES: tuple[PageType, ...] = (
     PageType("PT_EPT", PT_EPT, "E"),
 )
 PAGE_TYPE_NAMES: dict[int, str] = {kind.value: kind.name for kind in PAGE_TYPES}
+
+#: Types of pages in which the module keeps its own structures.
+CONTROL_PAGE_TYPES = frozenset((PT_TDR, PT_TDCX, PT_TDVPR, PT_EPT))

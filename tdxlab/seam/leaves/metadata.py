@@ -213,6 +213,7 @@ def _write(call: Call, pa: int, data: bytes) -> None:
     memory = call.module.memory
     hpa, keyid = memory.split(pa)
     memory.write(hpa, data, keyid)
+    call.module.notice_store(hpa, len(data))
 
 
 def tdh_sys_rd(call: Call) -> Operation:
