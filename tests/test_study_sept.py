@@ -240,9 +240,15 @@ def test_begin_holds_the_entry_until_finish() -> None:
     assert lab.raw().host_priority == 0
 
 
-def test_do_refuses_the_guest_while_it_is_outside() -> None:
-    with pytest.raises(ValueError, match=r"TDH\.VP\.ENTER"):
-        SeptLab().do("PAGE.ACCEPT")
+def test_do_says_what_cannot_be_asked() -> None:
+    lab = SeptLab()
+    for name in ("PAGE.ACCEPT", "read", "kick"):
+        answer = lab.do(name)
+        assert answer.is_refused
+        assert answer.outcome.startswith("not done: LP 0 runs the host")
+    assert len(lab.tape) == 0
+    with pytest.raises(ValueError, match=r"no move 'AUG'"):
+        lab.do("AUG")
 
 
 def test_table_lists_512_states_of_the_right_table() -> None:

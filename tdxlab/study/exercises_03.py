@@ -104,7 +104,7 @@ def _first_refusal(lab: SeptLab, moves: Sequence[str]) -> Answer | None:
     """Make the moves; the first that is refused, None if all went well."""
     for name in moves:
         answer = lab.do(name)
-        if (answer.status or 0) > 0 and answer.call.startswith("TDH"):
+        if answer.is_refused:
             return answer
     return None
 
@@ -112,12 +112,9 @@ def _first_refusal(lab: SeptLab, moves: Sequence[str]) -> Answer | None:
 def _is_way_out(lab: SeptLab, moves: Sequence[str]) -> bool:
     """True if the moves free the entry, none of them refused; the lab stands as before."""
     here = lab.tape.position
-    try:
-        return _first_refusal(lab, moves) is None and lab.state() == "FREE"
-    except ValueError:
-        return False
-    finally:
-        lab.tape.seek(here)
+    is_out = _first_refusal(lab, moves) is None and lab.state() == "FREE"
+    lab.tape.seek(here)
+    return is_out
 
 
 def _shortest_way(lab: SeptLab) -> tuple[str, ...]:
@@ -153,10 +150,7 @@ def _way_out(gpaw: int, seed: int) -> Variant:
 
 def _told(lab: SeptLab, given: Sequence[str], shortest: int) -> str:
     """What happens when the moves are made in a lab that stands at the start."""
-    try:
-        refused = _first_refusal(lab, given)
-    except ValueError as mistake:
-        return f"Played in a SeptLab your list stops: {mistake}."
+    refused = _first_refusal(lab, given)
     if refused is not None:
         return f"Played in a SeptLab, {refused.call} answers {refused.outcome}."
     if lab.state() != "FREE":

@@ -28,7 +28,7 @@ from tdxlab.study.plots import Canvas
 from tdxlab.study.sept_diagram import View
 from tdxlab.study.sept_diagram import diagram as state_svg
 from tdxlab.study.sept_entry import bit_strip, entry_table, state_bits_text
-from tdxlab.study.sept_lab import FIRST_GPA, NO_TABLE, SeptLab
+from tdxlab.study.sept_lab import FIRST_GPA, NO_TABLE, NOT_DONE, SeptLab
 from tdxlab.study.sept_moves import ILLEGAL, LATER, LEGAL, MOVES, REACHED, Prospect
 from tdxlab.study.svg import entry_map
 from tdxlab.tape import Action
@@ -100,7 +100,9 @@ class SeptWalker(Panel):
             )
             for move in MOVES
         }
-        return [self.entry, self.retell, *self.moves.values()]
+        columns = {"grid_template_columns": "repeat(6, 1fr)", "width": "100%"}
+        grid = ipywidgets.GridBox(list(self.moves.values()), layout=columns)
+        return [ipywidgets.HBox([self.entry, self.retell]), grid]
 
     def draw(self) -> None:
         """Show the present state, on the moves' buttons too."""
@@ -147,7 +149,9 @@ class SeptWalker(Panel):
     # -- what the buttons do
 
     def _make(self, name: str) -> None:
-        self.lab.do(name, *self.place)
+        answer = self.lab.do(name, *self.place)
+        if answer.outcome.startswith(NOT_DONE):
+            raise ValueError(answer.outcome)
 
     def _retell(self) -> None:
         self.tape.seek(0)
@@ -197,10 +201,11 @@ class SeptWalker(Panel):
         if self.state == NO_TABLE:
             return "<p>There is no such entry yet: TDH.MEM.SEPT.ADD makes its table.</p>"
         raw, seen = self.lab.raw(*self.place), self.lab.read(*self.place)
-        shown = "out of the host's reach" if seen is None else str(seen)
+        shown = "nothing: the walk stops above" if seen is None else str(seen)
         return (
-            f'<div style="width:340px"><code>{raw:#018x}</code>{bit_strip(raw)}'
-            f"<div><code>{state_bits_text(raw)}</code></div>{entry_table(raw, seen)}"
+            f'<div style="width:335px;line-height:1.4"><code>{raw:#018x}</code>{bit_strip(raw)}'
+            f'<div style="font-size:11px"><code>{state_bits_text(raw)}</code></div>'
+            f"{entry_table(raw, seen)}"
             f"<div>SEPT.RD shows <code>{escape(shown)}</code></div></div>"
         )
 
@@ -225,7 +230,8 @@ class SeptWalker(Panel):
             "TDR.chldcnt": str(info["chldcnt"]),
         }
         lines = "".join(f"<tr><th>{k}</th><td>{escape(v)}</td></tr>" for k, v in rows.items())
-        return f'<table style="font-size:12px;text-align:left;max-width:400px">{lines}</table>'
+        style = "font-size:12px;line-height:1.3;text-align:left;max-width:380px"
+        return f'<table style="{style}">{lines}</table>'
 
 
 def _said(action: Action | None) -> str:

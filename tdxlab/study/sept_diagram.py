@@ -22,19 +22,19 @@ from tdxlab.study.sept_moves import (
 )
 from tdxlab.study.svg import drawing, text, tile
 
-WIDTH, HEIGHT = 548, 428
-_BOX_WIDTH, _BOX_HEIGHT = 132, 38
+WIDTH, HEIGHT = 490, 380
+_BOX_WIDTH, _BOX_HEIGHT = 122, 36
 _QUIET = "#9a9a9a"
 
 #: State -> centre of its box, in pixels.
 PLACES: dict[str, tuple[int, int]] = {
-    "PENDING": (70, 52),
-    "MAPPED": (70, 178),
-    "NL_MAPPED": (70, 304),
-    "FREE": (274, 178),
-    "PENDING_BLOCKED": (476, 52),
-    "BLOCKED": (476, 178),
-    "NL_BLOCKED": (476, 304),
+    "PENDING": (64, 42),
+    "MAPPED": (64, 152),
+    "NL_MAPPED": (64, 262),
+    "FREE": (245, 152),
+    "PENDING_BLOCKED": (426, 42),
+    "BLOCKED": (426, 152),
+    "NL_BLOCKED": (426, 262),
 }
 
 #: Moves whose arrows are drawn from the state of the chosen entry only: they would cross others.
@@ -43,8 +43,8 @@ _ON_DEMAND = ("PAGE.PROMOTE", "PAGE.DEMOTE", "PAGE.RELOCATE")
 #: (before, after) -> how far the arrow bends to the right of its direction, in pixels, and where
 #: along it (percent) its label stands.
 _BENDS: dict[tuple[str, str], tuple[int, int]] = {
-    ("MAPPED", "BLOCKED"): (-72, 50),
-    ("BLOCKED", "MAPPED"): (-72, 50),
+    ("MAPPED", "BLOCKED"): (-62, 50),
+    ("BLOCKED", "MAPPED"): (-62, 50),
     ("PENDING", "PENDING_BLOCKED"): (-14, 50),
     ("PENDING_BLOCKED", "PENDING"): (-14, 50),
     ("NL_MAPPED", "NL_BLOCKED"): (-14, 50),
@@ -170,7 +170,14 @@ def _box(state: str, count: int, is_current: bool) -> str:
     return (
         f'<g{mark} data-state="{state}"><rect x="{left}" y="{top}" width="{_BOX_WIDTH}" '
         f'height="{_BOX_HEIGHT}" rx="6" fill="{look.colour}" stroke="#000" stroke-width="{width}"/>'
-        + text(x, y - 3, f"{look.letter}  {state}", size=10, colour=look.ink, at="middle")
+        + text(
+            x,
+            y - 3,
+            f"{look.letter}  {state}",
+            size=9 + (len(state) < 13),
+            colour=look.ink,
+            at="middle",
+        )
         + text(x, y + 13, str(count), size=12, colour=look.ink, at="middle")
         + "</g>"
     )
@@ -247,9 +254,9 @@ def _label(x: int, y: int, label: str, kind: str) -> str:
 
 def _greyed() -> Iterator[str]:
     """The states that only migration makes: grey, three in a row."""
-    yield text(4, 354, "made by migration only, not modelled:", size=10, colour="#666")
+    yield text(4, 308, "made by migration only, not modelled:", size=10, colour="#666")
     for number, state in enumerate(MIGRATION_ONLY):
-        x, y = 4 + number % 3 * 172, 362 + number // 3 * 21
+        x, y = 4 + number % 3 * 163, 315 + number // 3 * 21
         look = SEPT_LOOKS[state]._replace(colour="#eeeeee", ink="#666666")
         yield tile(x, y, look, size=16, hint=state)
         yield text(x + 20, y + 12, _short(state), size=9, colour="#666")

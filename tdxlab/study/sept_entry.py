@@ -15,21 +15,21 @@ from tdxlab.study.svg import drawing, text
 #: Field of an entry -> the name in the module's code, and what it says.
 #: Source: TDX module 1.5.01, x86_defs.h, ia32e_sept_t.
 MEANINGS: dict[str, tuple[str, str]] = {
-    "read": ("R", "the guest may read"),
-    "write": ("W", "the guest may write"),
-    "execute": ("X", "the guest may execute"),
-    "memory_type": ("MT", "memory type, 6 is write-back"),
-    "ignore_pat": ("IPAT", "state bit: ignore PAT"),
-    "leaf": ("PS", "state bit: a leaf, 4 KiB ones too"),
-    "exported_dirty": ("D", "state bit: dirty since exported"),
-    "lock": ("TDEL", "lock of this entry"),
-    "hpa": ("HPA", "page or table, without KeyID"),
-    "host_priority": ("TDHP", "the host waits for the lock"),
-    "exported": ("TDEX", "state bit: exported"),
-    "write_blocked": ("TDBW", "state bit: writes blocked"),
-    "blocked": ("TDB", "state bit: blocked"),
-    "pending": ("TDP", "state bit: pending"),
-    "suppress_ve": ("SVE", "suppress #VE, always 1"),
+    "read": ("R", "guest may read"),
+    "write": ("W", "guest may write"),
+    "execute": ("X", "guest may execute"),
+    "memory_type": ("MT", "memory type, 6: WB"),
+    "ignore_pat": ("IPAT", "state: ignore PAT"),
+    "leaf": ("PS", "state: a leaf"),
+    "exported_dirty": ("D", "state: dirty"),
+    "lock": ("TDEL", "entry is locked"),
+    "hpa": ("HPA", "of page or table"),
+    "host_priority": ("TDHP", "host waits for lock"),
+    "exported": ("TDEX", "state: exported"),
+    "write_blocked": ("TDBW", "state: write-blocked"),
+    "blocked": ("TDB", "state: blocked"),
+    "pending": ("TDP", "state: pending"),
+    "suppress_ve": ("SVE", "suppress #VE"),
 }
 
 _PERMISSIONS, _STATE, _LOCKS = (
@@ -127,7 +127,7 @@ def entry_table(raw: int, seen: Seen | None) -> str:
     """The fields as an HTML table: bits, name, in memory, as the host sees it."""
     shown = None if seen is None else seen.rcx
     rows = "".join(_html_row(row) for row in field_rows(raw, shown))
-    style = "border-collapse:collapse;font:11px/1.15 monospace;width:100%"
+    style = "border-collapse:collapse;font:10px/1.3 monospace;width:100%"
     return (
         f'<table style="{style}"><thead><tr><th>bits</th><th>field</th><th>memory</th>'
         f"<th>SEPT.RD</th><th>means</th></tr></thead><tbody>{rows}</tbody></table>"
@@ -137,7 +137,7 @@ def entry_table(raw: int, seen: Seen | None) -> str:
 def _html_row(row: FieldRow) -> str:
     colour = ' style="background:#fbe3d5"' if _is_hidden(row) else ""
     weight = ' style="font-weight:bold"' if row.raw else ""
-    cell = '<td style="padding:0 4px;text-align:left;white-space:nowrap">'
+    cell = '<td style="padding:0 3px;text-align:left;white-space:nowrap">'
     return (
         f"<tr{colour}>{cell}{row.bits}</td>{cell}{row.name}</td>{cell}<span{weight}>{row.raw:x}"
         f"</span></td>{cell}{row.shown.removeprefix('0x')}</td>{cell}{row.meaning}</td></tr>"

@@ -47,6 +47,9 @@ FIRST_GPA = 0x4000_0000
 #: What `SeptLab.state` says of an entry whose table is not there.
 NO_TABLE = "no table"
 
+#: How the outcome of a move starts that could not even be asked.
+NOT_DONE = "not done: "
+
 _PUBLIC_NAMES = {state.public: state.name for state in SEPT_STATES}
 
 
@@ -85,6 +88,12 @@ class Answer(NamedTuple):
     status: int | None
     outcome: str
     seen: Seen | None = None
+
+    @property
+    def is_refused(self) -> bool:
+        """True if the module refused the move, or it could not even be asked."""
+        is_status = self.status is not None and self.status > 0 and self.call.startswith("TDH")
+        return is_status or self.outcome.startswith(NOT_DONE)
 
     @property
     def name(self) -> str:
@@ -129,14 +138,17 @@ class SeptLab:
     def do(self, name: str, gpa: int = FIRST_GPA, level: int = 0) -> Answer:
         """Make the move `name` (short or full) on the entry for `gpa` at `level`.
 
-        Refuses an unknown move, and a guest's move while no vCPU is inside: ValueError. What the
-        module refuses is an Answer.
+        What the module refuses is an Answer, and so is what cannot even be asked, such as a guest's
+        move while no vCPU is inside. Refuses an unknown move: ValueError.
         """
         move = find_move(name)
         if move.levels is None:
             gpa, level = 0, -1
         before = self.state(gpa, level) if level >= 0 else ""
-        answer = self._act(move, gpa, level)
+        try:
+            answer = self._act(move, gpa, level)
+        except ValueError as problem:
+            answer = Answer(move.full_name, gpa, level, "", "", None, f"{NOT_DONE}{problem}")
         after = self.state(gpa, level) if level >= 0 else ""
         return answer._replace(before=before, after=after)
 
