@@ -322,7 +322,7 @@ def test_different_cells_point_at_the_flipped_byte() -> None:
 
 def test_hex_lines_show_every_field_of_an_extend() -> None:
     lines = drawn.hex_lines(log_of(TWO_PAGES)[1])
-    assert lines[0] == "000  4d522e45 5854454e 44000000 00000000  MR.EXTEND.......  name"
+    assert lines[0] == "000  4d522e45 5854454e 44000000 00000000  MR.EXTEND....... name"
     assert lines[1].startswith("010  00000040 00000000")
     assert lines[2] == "*"
     assert [line[:3] for line in lines[3:]] == [f"{offset:03x}" for offset in range(128, 384, 16)]

@@ -22,6 +22,7 @@ from tdxlab.study.measurement_log import (
 )
 from tdxlab.study.palette import BLACK, BLUE, CURSOR, GREEN, GREY, PURPLE, WHITE, Look
 from tdxlab.study.plots import FONT, Series, stacked_bars
+from tdxlab.study.show import Drawing
 from tdxlab.study.svg import drawing, text
 from tdxlab.tape import Action
 
@@ -32,7 +33,7 @@ EXTEND_TO_COME = Look("content to come", WHITE, "#555555", "e", "")
 NEVER = Look("never hashed", GREY, BLACK, "-", "--")
 LOOKS = (ADDED, EXTENDED, ADD_TO_COME, EXTEND_TO_COME, NEVER)
 
-_CELL, _ROW, _LEFT, _TOP = 16, 22, 126, 34
+_CELL, _ROW, _LEFT, _TOP = 16, 22, 122, 34
 _ADD_COLUMN, _FIRST_CHUNK = 0, 1
 
 
@@ -85,7 +86,7 @@ def image_map(
     marked with a corner.
     """
     looks = cells(image, log, done)
-    width, height = _LEFT + (CHUNKS + 1) * _CELL + 14, _TOP + max(len(image), 1) * _ROW + 44
+    width, height = _LEFT + (CHUNKS + 1) * _CELL + 8, _TOP + max(len(image), 1) * _ROW + 44
     body = [_header()]
     body += [_row_label(place, page.section, page.gpa) for place, page in enumerate(image)]
     body += [_cell(cell, look) for cell, look in looks.items()]
@@ -104,6 +105,12 @@ def map_text(
     counts = ", ".join(f"{looks.count(look)} {look.name}" for look in LOOKS if look in looks)
     marked = f"; {len(different)} cells differ from the original" if different else ""
     return f"Image of {len(image)} pages, 17 cells each: {counts or 'none'}{marked}"
+
+
+def image_drawing(image: Image, log: Sequence[Record]) -> Drawing:
+    """The map of an image after its whole log, for the end of a notebook cell."""
+    args = (image, log, len(log), frozenset[Cell]())
+    return Drawing(image_map(*args), map_text(*args))
 
 
 def _place(cell: Cell) -> tuple[int, int]:
@@ -185,7 +192,7 @@ def hex_lines(record: Record) -> list[str]:
             continue
         shown = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in piece)
         words = " ".join(piece[start : start + 4].hex() for start in range(0, 16, 4))
-        lines.append(f"{offset:03x}  {words}  {shown}  {_field(offset)}")
+        lines.append(f"{offset:03x}  {words}  {shown} {_field(offset)}")
     return lines
 
 
@@ -194,7 +201,7 @@ def _field(offset: int) -> str:
         return "name"
     if offset == 16:
         return "GPA"
-    return "zeros" if offset < BLOCK_SIZE else "content"
+    return "zero" if offset < BLOCK_SIZE else "data"
 
 
 def record_html(number: int, total: int, record: Record | None, what: str) -> str:
@@ -203,13 +210,13 @@ def record_html(number: int, total: int, record: Record | None, what: str) -> st
     number: of the record, counted from 1; total: records of the whole log.
     """
     if record is None:
-        head, body = f"record: none ({number} of {total} so far)", what
+        head, body = f"{number} of {total} records so far", what
     else:
         head = f"record {number} of {total}: {record.call}, {len(record.data)} bytes"
         body = "\n".join(hex_lines(record))
     return (
-        f'<div class="tdxlab-record"><b>{escape(head)}</b><pre style="font-size:11px;'
-        f'line-height:1.25;margin:4px 0 0;min-height:295px">{escape(body)}</pre></div>'
+        '<pre class="tdxlab-record" style="font-size:11px;line-height:1.25;margin:6px 0 0;'
+        f'min-height:320px">{escape(head)}\n\n{escape(body)}</pre>'
     )
 
 

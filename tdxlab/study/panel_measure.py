@@ -62,22 +62,43 @@ class MeasurePanel(Panel):
     # -- controls
 
     def controls(self) -> Sequence[ipywidgets.Widget]:
-        self.change = ipywidgets.Dropdown(
-            description="change", options=[change.name for change in CHANGES]
+        self.change = self._slider(
+            ipywidgets.SelectionSlider, "change", options=[change.name for change in CHANGES]
         )
-        self.page = ipywidgets.Dropdown(description="page", layout={"width": "230px"})
-        self.number = ipywidgets.IntSlider(description="byte", layout={"width": "330px"})
+        self.page = self._slider(ipywidgets.SelectionSlider, "page", options=[("", 0)])
+        self.number = self._slider(ipywidgets.IntSlider, "number", width="280px")
+        self.choice = ipywidgets.HTML(layout={"flex": "1 1 100%"})
+        self.choice.add_class("tdxlab-choice")
         self.predict = ipywidgets.ToggleButtons(
-            description="MRTD", options=PREDICTIONS, value=None, style={"button_width": "80px"}
+            options=[(f"MRTD {what}", what) for what in PREDICTIONS],
+            value=None,
+            style={"button_width": "120px"},
         )
-        for name in ("change", "page", "number", "predict"):
-            getattr(self, name).add_class(f"tdxlab-{name}")
-        self.change.observe(lambda _: self._offer_numbers(), names="value")
+        self.predict.add_class("tdxlab-predict")
         self.launch = self.button("Launch", "tdxlab-launch", self._launch, icon="rocket")
         self.original = self.button("Original image", "tdxlab-original", self._start_over)
         self._offer_pages()
         self._offer_numbers()
-        return (self.change, self.page, self.number, self.predict, self.launch, self.original)
+        self.change.observe(lambda _: self._offer_numbers(), names="value")
+        for slider in (self.page, self.number):
+            slider.observe(lambda _: self._show_choice(), names="value")
+        sliders = (self.change, self.page, self.number)
+        return (*sliders, self.choice, self.predict, self.launch, self.original)
+
+    def _slider(
+        self, kind: type[ipywidgets.Widget], name: str, *, width: str = "210px", **more: object
+    ) -> ipywidgets.Widget:
+        """A slider that chooses. What it stands at is read in the line below, not beside it."""
+        is_number = kind is ipywidgets.IntSlider
+        slider = kind(
+            description=name,
+            readout=is_number,
+            layout={"width": width},
+            style={"description_width": "initial"},
+            **more,
+        )
+        slider.add_class(f"tdxlab-{name}")
+        return slider
 
     @property
     def chosen(self) -> Change:
@@ -87,20 +108,25 @@ class MeasurePanel(Panel):
     def _offer_pages(self) -> None:
         """The pages of the image as it is now; the choice stays where it can."""
         image, place = self.recipe.image, self.page.value
-        self.page.options = [
-            (f"{number} {page.section} {page.gpa:#x}", number) for number, page in enumerate(image)
-        ]
-        self.page.value = min(place or 0, len(image) - 1) if image else None
+        names = [f"{number} {page.section} {page.gpa:#x}" for number, page in enumerate(image)]
+        self.page.options = [(name, number) for number, name in enumerate(names or ["no page"])]
+        self.page.value = min(place, max(len(image) - 1, 0))
 
     def _offer_numbers(self) -> None:
         """The range of the number that the chosen change takes."""
         change = self.chosen
         self.page.disabled = not change.on_page
         self.number.disabled = not change.number
-        self.number.description = change.number or "-"
+        self.number.description = change.number or "number"
         self.number.max = max(change.most, self.number.min)
         self.number.min = change.least
         self.number.max = change.most
+        self._show_choice()
+
+    def _show_choice(self) -> None:
+        """Say what the sliders stand at."""
+        sentence = f"Chosen: {self._sentence_of(self.chosen, self.page.label)}"
+        self.choice.value = f'<div role="status" aria-live="polite">{escape(sentence)}</div>'
 
     # -- what the buttons do
 
@@ -108,12 +134,12 @@ class MeasurePanel(Panel):
         """Build a TD from the changed recipe; the tape then holds that build."""
         if self.predict.value is None:
             raise ValueError("first say what becomes of MRTD: choose changes or stays")
-        change, place = self.chosen, self.page.value or 0
+        change, place = self.chosen, self.page.value
         recipe = change.apply(self.recipe, place, self.number.value)
         before = self.mrtd_after
         self._build(recipe)
         self.mrtd_before, self.mrtd_after = before, self.built.mrtd()
-        self.last_change = self._sentence_of(change, place)
+        self.last_change = self._sentence_of(change, str(place))
         self.predicted = str(self.predict.value)
         self.predict.value = None
 
@@ -124,9 +150,11 @@ class MeasurePanel(Panel):
     def _build(self, recipe: Recipe) -> None:
         self.built = build_on(self.tape, recipe)
         self._offer_pages()
+        self._show_choice()
 
-    def _sentence_of(self, change: Change, place: int) -> str:
-        details = [f"page {place}"] if change.on_page else []
+    def _sentence_of(self, change: Change, page: str) -> str:
+        """The change in words, such as "flip a byte (page 0, byte 300)"."""
+        details = [f"page {page}"] if change.on_page else []
         details += [f"{change.number} {self.number.value}"] if change.number else []
         return f"{change.name} ({', '.join(details)})" if details else change.name
 
@@ -166,7 +194,7 @@ class MeasurePanel(Panel):
         names = ("module, hashed so far", "hashlib, same records", "MRTD field")
         values = (*self.digests(), self.mrtd_before)
         rows = zip((*names, "MRTD before the change"), values, strict=True)
-        return "<table>" + "".join(map(_digest_row, rows)) + "</table>"
+        return f'<table style="line-height:1.4">{"".join(map(_digest_row, rows))}</table>'
 
     def summary(self) -> str:
         module, from_log, field = self.digests()
