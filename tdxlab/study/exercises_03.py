@@ -131,15 +131,16 @@ def _way_out(gpaw: int, seed: int) -> Variant:
     lab = _start(gpaw, _STARTS[start])
     shortest = _shortest_way(lab)
 
-    def hint(given: Sequence[str]) -> str:
-        unknown = [name for name in given if name not in MOVE_BY_NAME]
-        if isinstance(given, str) or unknown:
+    def is_list(given: Any) -> bool:
+        return isinstance(given, list | tuple) and all(name in MOVE_BY_NAME for name in given)
+
+    def hint(given: Any) -> str:
+        if not is_list(given):
             return f"Give a list of moves, each one of {', '.join(_TOOLS)}."
         return _told(_start(gpaw, _STARTS[start]), given, len(shortest))
 
     def accepts(given: Any) -> bool:
-        is_list = isinstance(given, list | tuple) and all(name in MOVE_BY_NAME for name in given)
-        return is_list and len(given) == len(shortest) and _is_way_out(lab, given)
+        return is_list(given) and len(given) == len(shortest) and _is_way_out(lab, given)
 
     question = (
         f"An entry is {start}. Give the shortest list of moves that makes it FREE, none of them "
