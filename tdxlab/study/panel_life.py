@@ -71,7 +71,10 @@ class LifePanel(Panel):
         self.remove = self._command_button("Remove", "remove")
         self.tear_down = self._command_button("Tear down", "tear-down")
         self.page = ipywidgets.IntSlider(
-            description="guest page", max=GUEST_PAGES - 1, layout={"flex": "1 1 200px"}
+            description="guest page",
+            tooltip="the page that Touch and Remove act on",
+            max=GUEST_PAGES - 1,
+            layout={"flex": "1 1 200px"},
         )
         self.page.add_class("tdxlab-page")
         return [self.build, self.touch, self.remove, self.tear_down, self.page]
@@ -151,11 +154,11 @@ class LifePanel(Panel):
     # -- what the panel shows
 
     def views(self) -> dict[str, str]:
-        """The Secure EPT and the PAMT, side by side, and the registers of the last call."""
+        """The Secure EPT above the registers of the last call, and beside them the PAMT."""
+        registers = register_table(self.tape.last)
         return {
-            "What the guest can reach": self.tree().svg,
+            "What the guest can reach": f"{self.tree().svg}{registers}",
             "Who owns which page": svg.pamt_map(views.pamt_rows(self.machine), self._base()),
-            "The registers of this call": register_table(self.tape.last),
         }
 
     def tree(self) -> Drawing:
@@ -227,13 +230,14 @@ def register_table(action: Action | None) -> str:
     """The inputs of a call as an HTML table: register, value, what it means."""
     rows = operand_rows(action) if action is not None else []
     if not rows:
-        return "<p>no registers: this is no call of the module</p>"
+        return '<p style="line-height:1.4">no registers: this is no call of the module</p>'
     cells = "".join(
         f'<tr><td>{name}</td><td><code>{value:#x}</code></td><td style="text-align:left">'
         f"{escape(meaning)}</td></tr>"
         for name, value, meaning in rows
     )
-    return f'<table style="font-size:12px">{cells}</table>'
+    style = f"font-size:12px;line-height:1.3;max-width:{svg.TREE_WIDTH}px"
+    return f'<div><strong>The registers of this call</strong></div><table style="{style}">{cells}</table>'
 
 
 class Reader(NamedTuple):

@@ -42,6 +42,7 @@ from tdxlab.tape import Action, Tape
 
 PLAY_MILLISECONDS = 700
 _WIDE = {"width": "100%", "max_width": "900px"}
+_TIGHT = "line-height:1.4"
 _DIGEST_DIGITS = 12
 
 
@@ -50,7 +51,7 @@ class Panel:
 
     tape: the panel's own; nobody else moves it. title: shown above. figure_height: inches, 0 for
     a panel without a figure.
-    reset, back, step: buttons; play: the player; scrub: the position slider.
+    reset, back, step: buttons; play: a toggle; scrub: the position slider.
     error: what the last handler raised, "" if nothing.
     """
 
@@ -139,9 +140,10 @@ class Panel:
         with self.scrub.hold_trait_notifications():
             self.scrub.max = max(len(self.tape), 1)
             self.scrub.value = self.tape.position
-        self.play.max = self.scrub.max
+        self._clock.max = self.scrub.max
         self._sentence.value = _live(f"{self._where()}: {self.summary()}")
-        self._line.value = f"<code>{escape(trace_line(self.tape.last))}</code>"
+        line = escape(trace_line(self.tape.last))
+        self._line.value = f'<div style="{_TIGHT}"><code>{line}</code></div>'
         self._numbers.value = _number_list(self.numbers())
         self._draw_views(self.views())
         if self._canvas is not None:
@@ -159,14 +161,24 @@ class Panel:
             raise ValueError("this is the end of the tape: go back, or reset")
         self.tape.seek(self.tape.position + 1)
 
-    def _player(self) -> tuple[ipywidgets.Play, ipywidgets.IntSlider]:
-        """The player and the slider, tied together in the browser: playing moves the slider."""
-        play = ipywidgets.Play(interval=PLAY_MILLISECONDS, show_repeat=False)
+    def _player(self) -> tuple[ipywidgets.ToggleButton, ipywidgets.IntSlider]:
+        """The play button and the slider. The clock between them runs in the browser: the button
+        starts and stops it, and its ticks move the slider.
+        """
+        play = ipywidgets.ToggleButton(
+            description="Play", icon="play", tooltip="run to the end", layout={"width": "auto"}
+        )
         play.add_class("tdxlab-play")
-        scrub = ipywidgets.IntSlider(description="position", layout={"flex": "1 1 240px"})
+        scrub = ipywidgets.IntSlider(
+            description="position", tooltip="steps done so far", layout={"flex": "1 1 240px"}
+        )
         scrub.add_class("tdxlab-scrub")
         scrub.observe(self._scrubbed, names="value")
-        self._tie = ipywidgets.jslink((play, "value"), (scrub, "value"))
+        self._clock = ipywidgets.Play(interval=PLAY_MILLISECONDS, layout={"display": "none"})
+        self._ties = (
+            ipywidgets.jslink((play, "value"), (self._clock, "playing")),
+            ipywidgets.jslink((self._clock, "value"), (scrub, "value")),
+        )
         return play, scrub
 
     def _scrubbed(self, change: dict[str, Any]) -> None:
@@ -177,7 +189,7 @@ class Panel:
 
     def _layout(self, own: list[ipywidgets.Widget]) -> ipywidgets.VBox:
         heading = ipywidgets.HTML(f"<strong>{escape(self.title)}</strong>")
-        common = [self.reset, self.back, self.step, self.play, self.scrub]
+        common = [self.reset, self.back, self.step, self.play, self.scrub, self._clock]
         rows = [heading, ipywidgets.HBox(common, layout={"flex_flow": "row wrap", **_WIDE})]
         if own:
             rows.append(ipywidgets.HBox(own, layout={"flex_flow": "row wrap", **_WIDE}))
@@ -191,7 +203,9 @@ class Panel:
         if len(self._views.children) != len(views):
             self._views.children = [_html("tdxlab-view") for _ in views]
         for widget, (heading, content) in zip(self._views.children, views.items(), strict=True):
-            widget.value = f"<div><strong>{escape(heading)}</strong></div>{content}"
+            widget.value = (
+                f'<div style="{_TIGHT}"><strong>{escape(heading)}</strong></div>{content}'
+            )
 
     def _show_problem(self, problem: Exception) -> None:
         """A mistake of the user is a sentence; anything else also says where it happened."""
@@ -285,7 +299,10 @@ def _html(css_class: str) -> ipywidgets.HTML:
 
 
 def _live(sentence: str) -> str:
-    return f'<div role="status" aria-live="polite" aria-atomic="true">{escape(sentence)}</div>'
+    return (
+        f'<div role="status" aria-live="polite" aria-atomic="true" style="{_TIGHT}">'
+        f"{escape(sentence)}</div>"
+    )
 
 
 def _number_list(numbers: dict[str, int]) -> str:

@@ -17,7 +17,7 @@ from tdxlab.study.palette import PAGE_TYPE_LOOKS, SEPT_LOOKS, Look
 from tdxlab.views import PamtRow, SeptRow
 
 MAP_COLUMNS = 32
-CELL = 13
+CELL = 12
 _MARGIN = 34
 _FONT = 'font-family="DejaVu Sans,Verdana,sans-serif"'
 _LINE = "#888888"
@@ -174,7 +174,7 @@ class _Box(NamedTuple):
     width: int
 
 
-_TREE_WIDTH, _ROW_HEIGHT, _GAP = 440, 18, 10
+TREE_WIDTH, _ROW_HEIGHT, _GAP = 404, 18, 8
 
 
 def sept_tree(rows: Sequence[SeptRow], *, levels: int, title: str, most: int = 12) -> str:
@@ -188,7 +188,7 @@ def sept_tree(rows: Sequence[SeptRow], *, levels: int, title: str, most: int = 1
         (box.y + _ROW_HEIGHT * len(box.rows) for column in columns for box in column), default=60
     )
     hidden = len(rows) - sum(len(box.rows) for column in columns for box in column)
-    width, height = _TREE_WIDTH, bottom + 34
+    width, height = TREE_WIDTH, bottom + 34
     body = [text(1, 13, title, size=12)]
     body += [_level_name(level, levels) for level in range(levels)]
     body += [_links(parents, children) for parents, children in pairwise(columns)]
@@ -200,7 +200,7 @@ def sept_tree(rows: Sequence[SeptRow], *, levels: int, title: str, most: int = 1
 
 
 def _column_x(level: int, levels: int) -> int:
-    return 1 + (levels - 1 - level) * (_TREE_WIDTH // levels)
+    return 1 + (levels - 1 - level) * (TREE_WIDTH // levels)
 
 
 def _level_name(level: int, levels: int) -> str:
@@ -214,7 +214,7 @@ def _boxes(rows: Sequence[SeptRow], level: int, levels: int, most: int) -> list[
         pages.setdefault(row.entry_hpa >> PAGE_SHIFT, []).append(row)
     boxes, y = [], 36
     for page in pages.values():
-        boxes.append(_Box(page, _column_x(level, levels), y, _TREE_WIDTH // levels - _GAP))
+        boxes.append(_Box(page, _column_x(level, levels), y, TREE_WIDTH // levels - _GAP))
         y += _ROW_HEIGHT * len(page) + _GAP
     return boxes
 
