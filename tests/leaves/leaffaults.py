@@ -1,105 +1,58 @@
-"""Refusals as data: a case that would succeed, and the faults that spoil it, in the module's order.
+"""Refusals as data: the faults of a leaf, in the module's order.
 
 `check` spoils a case with one or more faults and holds the answer, every register and the machine
 against what the first of them must lead to.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 from leafbench import (
-    ENTRY_LOCKED,
-    ENTRY_WANTED,
     KEYID_SHIFT,
     LONE_OFFSET,
     OUTSIDE,
-    RAW,
     REG,
-    RESERVED,
     RESERVED_OFFSET,
     SECOND,
     SHARED_48,
-    SIZE_2M,
     TDCX,
     TDMR,
     Bench,
-    BuiltTd,
     details,
+)
+from spoils import (
+    Case,
+    Spoil,
+    bits,
+    entry_lock,
+    entry_state,
+    far,
+    level,
+    misaligned,
+    page_lock,
+    pamt_lock,
+    register,
+    tdcs_field,
+    tdcs_lock,
+    tdr_field,
+    version,
 )
 
 from tdxlab.abi import leaves as abi
 from tdxlab.abi import status as s
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import describe
-from tdxlab.journal import Words
 from tdxlab.seam.td import Tdcs, Tdr
 
-RAX, RCX, RDX, R8, R9 = 0, 1, 2, 8, 9
-#: A GPA whose walk ends at the root table: nothing is mapped near it.
-FAR = 0x80_0000_0000
+RCX, RDX, R8, R9 = 1, 2, 8, 9
 
-
-class Case:
-    """One call that would succeed. clears: registers that the leaf zeroes before its checks. hpa: a
-    page that the call is about and no register names.
-    """
-
-    def __init__(
-        self,
-        bench: Bench,
-        td: BuiltTd | None,
-        leaf: int,
-        clears: Iterable[str] = (),
-        *,
-        lp: int = 0,
-        version: int = 0,
-        **registers: int,
-    ) -> None:
-        self.bench, self.leaf, self._td = bench, leaf, td
-        self.clears, self.lp, self.version = tuple(clears), lp, version
-        self.registers = dict(registers)
-        self.hpa = 0
-
-    @property
-    def td(self) -> BuiltTd:
-        """The TD that the call is about."""
-        assert self._td is not None
-        return self._td
-
-    def call(self) -> tuple[int, Registers]:
-        return self.bench.call(self.leaf, lp=self.lp, version=self.version, **self.registers)
-
-    def succeed(self) -> Registers:
-        status, values = self.call()
-        assert status == 0, describe(status)
-        return values
-
-    def get(self, register: str) -> int:
-        return self.registers.get(register, 0)
-
-
-class Held(NamedTuple):
-    """A lock word that somebody else holds: how it was, and how a failed attempt must leave it."""
-
-    words: Words
-    index: int
-    before: int
-    after: int
-
-
-Spoil = Callable[[Case], Held | None]
 Shown = Callable[[Case], dict[str, int]]
 
 
 def nothing(case: Case) -> dict[str, int]:
     """No register besides the cleared ones changes."""
     return {}
-
-
-def unchanged(case: Case) -> dict[str, int]:
-    """Not even those are cleared."""
-    return {name: case.get(name) for name in case.clears}
 
 
 def entry_details(case: Case) -> dict[str, int]:
@@ -180,146 +133,6 @@ def check_pairs(bench: Bench, table: Refusals, number: int) -> None:
         case.registers, case.lp, case.version = dict(registers), lp, version
         bench.conditions.interrupt_pending = bench.conditions.entropy_fails = False
         bench.conditions.pconfig_result = 0
-
-
-# -- how to spoil a case
-
-
-def register(name: str, value: int) -> Spoil:
-    """Another value in a register."""
-
-    def spoil(case: Case) -> None:
-        case.registers[name] = value
-
-    return spoil
-
-
-def bits(name: str, value: int) -> Spoil:
-    """More bits in a register."""
-
-    def spoil(case: Case) -> None:
-        case.registers[name] = case.get(name) | value
-
-    return spoil
-
-
-def level(value: int) -> Spoil:
-    """Another level in RCX."""
-
-    def spoil(case: Case) -> None:
-        case.registers["rcx"] = case.get("rcx") & ~7 | value
-
-    return spoil
-
-
-def version(value: int) -> Spoil:
-    def spoil(case: Case) -> None:
-        case.version = value
-
-    return spoil
-
-
-def tdr_field(word: int, value: int) -> Spoil:
-    def spoil(case: Case) -> None:
-        case.bench.words.put(case.td.tdr_word(word), value)
-
-    return spoil
-
-
-def tdcs_field(word: int, value: int) -> Spoil:
-    def spoil(case: Case) -> None:
-        case.bench.words.put(case.td.tdcs_word(word), value)
-
-    return spoil
-
-
-def vcpu_field(word: int, value: int) -> Spoil:
-    def spoil(case: Case) -> None:
-        case.bench.words.put(case.td.vcpu_word(word), value)
-
-    return spoil
-
-
-def condition(name: str, value: Any) -> Spoil:
-    def spoil(case: Case) -> None:
-        setattr(case.bench.conditions, name, value)
-
-    return spoil
-
-
-def hold(words: Words, index: int, value: int, after: int) -> Held:
-    """Somebody else holds the lock in the low 16 bits of a word."""
-    rest = words.view[index] & ~0xFFFF
-    words.put(index, rest | value)
-    return Held(words, index, rest | value, rest | after)
-
-
-def pamt_lock(name: str, size: int, value: int, after: int) -> Spoil:
-    """The PAMT entry of `size` over the page that a register names is held."""
-
-    def spoil(case: Case) -> Held:
-        pamt = case.bench.machine.module.pamt
-        hpa = case.get(name) & ((1 << KEYID_SHIFT) - 1)
-        open_hpa = hpa if hpa >> 30 in pamt.blocks else RESERVED
-        return hold(pamt.words, pamt.entry(open_hpa, size), value, after)
-
-    return spoil
-
-
-def page_lock(size: int, value: int, after: int) -> Spoil:
-    """The PAMT entry of `size` over the case's own page is held."""
-
-    def spoil(case: Case) -> Held:
-        pamt = case.bench.machine.module.pamt
-        return hold(pamt.words, pamt.entry(case.hpa, size), value, after)
-
-    return spoil
-
-
-def mapped_page_faults(size: int = 0) -> list[Fault]:
-    """The case's own page, which the leaf finds by itself and takes exclusively, is held."""
-    busy = s.TDX_OPERAND_BUSY + RCX
-    return [
-        Fault("page held", page_lock(size, 1, 3), busy),
-        Fault("page read", page_lock(size, 4, 6), busy),
-    ]
-
-
-def tracking_faults(*unblocked: str) -> list[Fault]:
-    """The TD runs, and the entry is not blocked, or was blocked in the present epoch."""
-    not_blocked = s.TDX_GPA_RANGE_NOT_BLOCKED + RCX
-    faults = [Fault(f"entry {n}", entry_state(n), not_blocked, entry_details) for n in unblocked]
-    not_done = s.TDX_TLB_TRACKING_NOT_DONE + RCX
-    return [*faults, Fault("not tracked", tdcs_field(Tdcs.TD_EPOCH, 1), not_done)]
-
-
-def tdcs_lock(word: int, value: int, after: int) -> Spoil:
-    def spoil(case: Case) -> Held:
-        return hold(case.bench.words, case.td.tdcs_word(word), value, after)
-
-    return spoil
-
-
-def entry_lock(case: Case) -> Held:
-    """The S-EPT entry is locked; a host that fails leaves its wish in bit 52."""
-    words = case.bench.words
-    gpa, at = case.get("rcx") & 0xF_FFFF_FFFF_F000, case.get("rcx") & 7
-    index, _ = case.td.locate(gpa, at)
-    locked = words.view[index] | ENTRY_LOCKED
-    words.put(index, locked)
-    return Held(words, index, locked, locked | ENTRY_WANTED)
-
-
-def entry_state(name: str) -> Spoil:
-    """The S-EPT entry is in another state, its address as it was."""
-
-    def spoil(case: Case) -> None:
-        gpa, at = case.get("rcx") & 0xF_FFFF_FFFF_F000, case.get("rcx") & 7
-        index, _ = case.td.locate(gpa, at)
-        hpa = 0 if name == "FREE" else case.bench.words.view[index] & 0xF_FFFF_FFFF_F000
-        case.bench.words.put(index, RAW[name] | hpa)
-
-    return spoil
 
 
 # -- the sequences that leaves share
@@ -409,31 +222,38 @@ def gpa_faults(lowest: int, highest: int) -> list[Fault]:
     ]
 
 
-def misaligned(lowest: int, highest: int) -> Spoil:
-    def spoil(case: Case) -> None:
-        at = max(lowest, 1) if highest else 0
-        case.registers["rcx"] = (case.get("rcx") & -SIZE_2M) | 0x1000 | at
-
-    return spoil
-
-
-def entry_faults(*, exclusive: bool = False, walk: bool = True) -> list[Fault]:
-    """The S-EPT tree's lock, the walk, the entry's lock. walk: False if the case works on the root
-    table, where the walk cannot fail.
-    """
+def entry_faults(*, exclusive: bool = False) -> list[Fault]:
+    """The S-EPT tree's lock, the walk, the entry's lock."""
     busy_tree = s.TDX_OPERAND_BUSY + 146
     faults = [Fault("tree held", tdcs_lock(Tdcs.SEPT_LOCK, 1, 1 if exclusive else 3), busy_tree)]
     if exclusive:
         faults.append(Fault("tree read", tdcs_lock(Tdcs.SEPT_LOCK, 2, 2), busy_tree))
-    if walk:
-        failed = s.TDX_EPT_WALK_FAILED + RCX
-        faults.append(Fault("no table there", far, failed, entry_details))
+    failed = s.TDX_EPT_WALK_FAILED + RCX
+    faults.append(Fault("no table there", far, failed, entry_details))
     busy = s.TDX_OPERAND_BUSY + RCX
     return [*faults, Fault("entry locked", entry_lock, busy, entry_details)]
 
 
-def far(case: Case) -> None:
-    case.registers["rcx"] = FAR | case.get("rcx") & 7
+def wrong_states(*names: str, status: int = s.TDX_EPT_ENTRY_STATE_INCORRECT) -> list[Fault]:
+    """The entry is in a state that the leaf refuses, with details."""
+    return [Fault(f"entry {n}", entry_state(n), status + RCX, entry_details) for n in names]
+
+
+def mapped_page_faults() -> list[Fault]:
+    """The case's own page, which the leaf finds by itself and takes exclusively, is held."""
+    busy = s.TDX_OPERAND_BUSY + RCX
+    return [
+        Fault("page held", page_lock(0, 1, 3), busy),
+        Fault("page read", page_lock(0, 4, 6), busy),
+    ]
+
+
+def tracking_faults(*unblocked: str) -> list[Fault]:
+    """The TD runs, and the entry is not blocked, or was blocked in the present epoch."""
+    not_blocked = s.TDX_GPA_RANGE_NOT_BLOCKED + RCX
+    faults = [Fault(f"entry {n}", entry_state(n), not_blocked, entry_details) for n in unblocked]
+    not_done = s.TDX_TLB_TRACKING_NOT_DONE + RCX
+    return [*faults, Fault("not tracked", tdcs_field(Tdcs.TD_EPOCH, 1), not_done)]
 
 
 def reserved_bits(name: str, operand: int, *numbers: int) -> list[Fault]:
@@ -445,8 +265,3 @@ def reserved_bits(name: str, operand: int, *numbers: int) -> list[Fault]:
 def no_such_version(value: int, **shown: int) -> Fault:
     """A version that does not exist, refused by the leaf itself."""
     return Fault(f"version {value}", version(value), s.TDX_OPERAND_INVALID, lambda case: shown)
-
-
-def wrong_states(*names: str, status: int = s.TDX_EPT_ENTRY_STATE_INCORRECT) -> list[Fault]:
-    """The entry is in a state that the leaf refuses, with details."""
-    return [Fault(f"entry {n}", entry_state(n), status + RCX, entry_details) for n in names]

@@ -7,19 +7,21 @@ from leafbench import RAW, SIZE_4K, Bench
 from leaffaults import (
     RCX,
     RDX,
-    Case,
     Fault,
     Refusals,
-    bits,
     check_alone,
     check_pairs,
     each,
     entry_details,
+    page_faults,
+    state_faults,
+)
+from spoils import (
+    Case,
+    bits,
     entry_lock,
     entry_state,
     far,
-    page_faults,
-    state_faults,
     tdcs_field,
     tdcs_lock,
 )

@@ -4,17 +4,19 @@ import pytest
 from leafbench import SIZE_4K, Bench, BuiltTd
 from leaffaults import (
     RCX,
-    Case,
     Fault,
-    Held,
     Refusals,
-    bits,
     check_alone,
     check_pairs,
     each,
-    hold,
     page_faults,
     state_faults,
+)
+from spoils import (
+    Case,
+    Held,
+    bits,
+    hold,
     tdcs_lock,
     vcpu_field,
 )

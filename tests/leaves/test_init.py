@@ -5,16 +5,18 @@ from leafbench import PARAMS, Bench, BuiltTd
 from leaffaults import (
     RCX,
     RDX,
-    Case,
     Fault,
     Refusals,
-    Spoil,
-    bits,
     check_alone,
     check_pairs,
     each,
     page_faults,
     state_faults,
+)
+from spoils import (
+    Case,
+    Spoil,
+    bits,
 )
 
 from tdxlab.abi import leaves as abi

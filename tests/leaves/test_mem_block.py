@@ -5,7 +5,6 @@ from leafbench import RAW, Bench, BuiltTd
 from leaffaults import (
     RCX,
     RDX,
-    Case,
     Fault,
     Refusals,
     check_alone,
@@ -13,13 +12,16 @@ from leaffaults import (
     each,
     entry_details,
     entry_faults,
-    entry_state,
     gpa_faults,
     page_faults,
     state_faults,
+    wrong_states,
+)
+from spoils import (
+    Case,
+    entry_state,
     tdcs_field,
     tdcs_lock,
-    wrong_states,
 )
 
 from tdxlab.abi import leaves as abi

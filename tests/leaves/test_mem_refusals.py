@@ -6,26 +6,28 @@ from leaffaults import (
     R9,
     RCX,
     RDX,
-    Case,
     Fault,
     Refusals,
-    bits,
     check_alone,
     check_pairs,
     each,
     entry_details,
     entry_faults,
-    far,
     gpa_faults,
     mapped_page_faults,
     no_such_version,
     page_faults,
-    pamt_lock,
-    register,
     reserved_bits,
     state_faults,
     tracking_faults,
     wrong_states,
+)
+from spoils import (
+    Case,
+    bits,
+    far,
+    pamt_lock,
+    register,
 )
 
 from tdxlab.abi import leaves as abi

@@ -6,26 +6,28 @@ from leaffaults import (
     R8,
     RCX,
     RDX,
-    Case,
     Fault,
-    Held,
     Refusals,
     check_alone,
     check_pairs,
-    condition,
     each,
     entry_details,
     entry_faults,
     gpa_faults,
-    hold,
     mapped_page_faults,
     no_such_version,
     page_faults,
-    page_lock,
     reserved_bits,
     state_faults,
     tracking_faults,
     wrong_states,
+)
+from spoils import (
+    Case,
+    Held,
+    condition,
+    hold,
+    page_lock,
 )
 
 from tdxlab.abi import leaves as abi

@@ -5,16 +5,18 @@ from leafbench import NDA, TDCX, TDR, Bench, BuiltTd
 from leaffaults import (
     RCX,
     RDX,
-    Case,
     Fault,
-    Held,
     Refusals,
     check_alone,
     check_pairs,
-    condition,
     each,
-    hold,
     page_faults,
+)
+from spoils import (
+    Case,
+    Held,
+    condition,
+    hold,
     register,
     tdcs_field,
     tdr_field,

@@ -16,17 +16,19 @@ from leafbench import (
 )
 from leaffaults import (
     RCX,
-    Case,
     Fault,
-    Held,
     Refusals,
-    bits,
     check_alone,
     check_pairs,
-    condition,
     each,
-    hold,
     page_faults,
+)
+from spoils import (
+    Case,
+    Held,
+    bits,
+    condition,
+    hold,
     page_lock,
     register,
     tdr_field,

@@ -5,16 +5,18 @@ from leafbench import TDCX, TDVPR, Bench
 from leaffaults import (
     RCX,
     RDX,
-    Case,
     Fault,
-    Held,
     Refusals,
     check_alone,
     check_pairs,
     each,
-    hold,
     page_faults,
     state_faults,
+)
+from spoils import (
+    Case,
+    Held,
+    hold,
     tdcs_field,
     tdr_field,
     vcpu_field,
