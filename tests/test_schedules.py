@@ -246,6 +246,25 @@ def test_two_creates_with_one_keyid_one_wins(bench: Bench) -> None:
     assert others == {TDX_OPERAND_BUSY + OPERAND_ID_KOT, TDX_HKID_NOT_FREE}
 
 
+def test_two_tdmr_inits_never_do_the_same_step() -> None:
+    machine = Machine()
+    host = Host(machine)
+    host.boot(tdmr_init=False)
+    base = machine.platform.tdmrs[0].base
+    seen = set()
+    for schedule in exhaustive(
+        lambda: [
+            machine.seamcall_steps(lp, abi.TDH_SYS_TDMR_INIT, Registers(rcx=base)) for lp in (0, 1)
+        ],
+        machine.journal,
+    ):
+        steps = (machine.module.tdmrs[base].initialised_to - base) // (4 << 20)
+        assert steps == Counter(statuses(schedule))[TDX_SUCCESS]
+        check(machine, "quiet")
+        seen.add(tuple(sorted(statuses(schedule))))
+    assert seen == {(TDX_SUCCESS, TDX_SUCCESS), (TDX_SUCCESS, BUSY_RCX)}
+
+
 # ---- host against guest --------------------------------------------------------------------------
 
 

@@ -88,6 +88,7 @@ def other_locks_are_free(picture: Picture) -> Iterator[str]:
     module = picture.machine.module
     words = {"the module": module.system.view[Sys.LOCK]}
     words["the KOT"] = module.keys.lock.view[0]
+    words["a TDMR"] = int(bool(module.system.view[Sys.TDMR_MUTEXES]))
     for package in picture.machine.cpu.packages:
         mutex = module.keys.wbt_word(package, Keys.MUTEX)
         words[f"write-back of package {package}"] = module.keys.wbt.view[mutex]

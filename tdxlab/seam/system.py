@@ -18,6 +18,7 @@ class Sys:
     LOCK = 1
     INIT_LPS = 2
     KEYED_PACKAGES = 3  # bitmap
+    TDMR_MUTEXES = 4  # bitmap, in the order of the TDMRs
     LPS = 8  # two words for each LP, from here on
 
     LP_INITIALISED, LP_LAST_VCPU, WORDS_PER_LP = 0, 1, 2

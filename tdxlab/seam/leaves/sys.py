@@ -9,6 +9,7 @@ from tdxlab.abi.status import (
     OPERAND_ID_RCX,
     OPERAND_ID_RDX,
     TDX_KEY_CONFIGURED,
+    TDX_OPERAND_BUSY,
     TDX_OPERAND_INVALID,
     TDX_RND_NO_ENTROPY,
     TDX_SYS_BUSY,
@@ -22,6 +23,7 @@ from tdxlab.abi.status import (
     TDX_TDMR_ALREADY_INITIALIZED,
 )
 from tdxlab.arch import PAGE_SIZE, SIZE_1G
+from tdxlab.journal import Words
 from tdxlab.seam import tdmr
 from tdxlab.seam.call import Call, Refused
 from tdxlab.seam.checks import INVALID_RCX, require_shared_hpa
@@ -163,14 +165,15 @@ def tdh_sys_tdmr_init(call: Call) -> Operation:
     when it is complete.
 
     RCX: base of the TDMR. Returns RDX = progress, rounded down to 1 GiB; 0 on refusals.
-    Refuses, in order: RCX (not 1 GiB aligned, KeyID bits, not a TDMR's base);
-    TDMR_ALREADY_INITIALIZED, a warning.
+    Refuses, in order: RCX (not 1 GiB aligned, KeyID bits, not a TDMR's base); the TDMR's mutex
+    (RCX); TDMR_ALREADY_INITIALIZED, a warning.
     Source: TDX module 1.5.01, tdh_sys_tdmr_init.c.
     """
     module, base = call.module, call.registers.rcx
     call.registers.rdx = 0
     if base & (module.not_an_hpa | SIZE_1G - 1) or base not in module.tdmrs:
         raise Refused(INVALID_RCX)
+    _lock_tdmr(call, sorted(module.tdmrs).index(base))
     target: Tdmr = module.tdmrs[base]
     if target.initialised_to == target.end:
         raise Refused(TDX_TDMR_ALREADY_INITIALIZED)
@@ -184,6 +187,20 @@ def tdh_sys_tdmr_init(call: Call) -> Operation:
         module.pamt.open_block(stop - SIZE_1G)
     module.tdmrs.put(base, target._replace(initialised_to=stop))
     call.registers.rdx = stop & -SIZE_1G
+
+
+def _lock_tdmr(call: Call, number: int) -> None:
+    """Take the mutex of the TDMR of this number, 0 to 63. Refuses: OPERAND_BUSY with RCX."""
+    words = call.module.system
+    held = words.view[Sys.TDMR_MUTEXES]
+    if held >> number & 1:
+        raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_RCX)
+    words.put(Sys.TDMR_MUTEXES, held | 1 << number)
+    call.locks.append((_release_tdmr, words, number))
+
+
+def _release_tdmr(words: Words, number: int) -> None:
+    words.put(Sys.TDMR_MUTEXES, words.view[Sys.TDMR_MUTEXES] & ~(1 << number))
 
 
 def tdh_sys_lp_shutdown(call: Call) -> Operation:
