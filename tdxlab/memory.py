@@ -111,8 +111,6 @@ class Memory:
         pfns = max(region.end for region in self.ram) >> PAGE_SHIFT
         self._tags = Words(journal, pfns, typecode="H", sparse=True)
         self._mixed = Table(journal)
-        #: pfns of pages that were private, and that somebody without their KeyID has written to
-        self.torn = Table(journal)
         self._cursor = Words(journal, 1)
         self.words.extent = 0
 
@@ -207,15 +205,6 @@ class Memory:
         """The TD-owner bit of the line at `hpa`."""
         return bool(self._tag(hpa) & _OWNED)
 
-    def require_intact(self, hpa: int) -> None:
-        """The module reads the control page at `hpa` with its private KeyID. Raises MachineCheck if
-        anybody without that KeyID has written to it since the module filled it.
-
-        Differs: one such line spoils the whole page, whichever line the module reads.
-        """
-        if hpa >> PAGE_SHIFT in self.torn:
-            raise MachineCheck(hpa)
-
     def is_poisoned(self, hpa: int) -> bool:
         """True if reading the line at `hpa` would be a machine check for everybody."""
         return bool(self._tag(hpa) & _POISON)
@@ -233,13 +222,9 @@ class Memory:
         return int(self._tags.view[pfn])
 
     def _tag_page(self, pfn: int, keyid: int) -> None:
-        tag, old_tag = self._make_tag(keyid), self._tags.view[pfn]
-        if old_tag != tag:
+        tag = self._make_tag(keyid)
+        if self._tags.view[pfn] != tag:
             self._tags.put(pfn, tag)
-            if self.encrypted and old_tag & _OWNED and not tag & _OWNED:
-                self.torn.put(pfn, True)
-        if tag & _OWNED and pfn in self.torn:
-            self.torn.drop(pfn)
         if pfn in self._mixed:
             self._mixed.drop(pfn)
 
@@ -284,8 +269,6 @@ class Memory:
         data[start : start + len(piece)] = piece
         self.words.fill(self.frame(line) + ((line & PAGE_OFFSET_MASK) >> 3), bytes(data))
         self._tag_line(line, new_tag)
-        if self.encrypted and old_tag & _OWNED and old_tag != new_tag:
-            self.torn.put(line >> PAGE_SHIFT, True)
 
 
 def _lines(hpa: int, size: int) -> Iterator[tuple[int, int, int]]:

@@ -140,8 +140,6 @@ def lock_page(
     word = call.module.pamt.words.view[entry]
     if size or (word & TYPE_MASK) >> TYPE_SHIFT != page_type:
         raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
-    if page_type != PT_NDA:
-        call.module.memory.require_intact(hpa)
     return entry
 
 
@@ -238,7 +236,6 @@ def lock_owner(call: Call, entry: int) -> Td:
     if not try_shared_hp(words, tdr_entry):
         raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_TDR)
     call.locks.append((release_shared_hp, words, tdr_entry))
-    call.module.memory.require_intact(tdr)
     return Td(call.module.memory, tdr)
 
 
@@ -258,7 +255,7 @@ def open_tdcs(call: Call, td: Td, *, lock: bool = True) -> None:
         raise Refused(TDX_TD_KEYS_NOT_CONFIGURED)
     if view[td.page + Tdr.NUM_TDCX] < MIN_TDCX:
         raise Refused(TDX_TDCS_NOT_ALLOCATED)
-    map_tdcs(call, td)
+    td.map_tdcs(memory)
     if lock:
         index = td.tdcs + Tdcs.OP_STATE_LOCK
         if not try_shared_hp(memory.words, index):
@@ -266,13 +263,6 @@ def open_tdcs(call: Call, td: Td, *, lock: bool = True) -> None:
         call.locks.append((release_shared_hp, memory.words, index))
     if view[td.tdcs + Tdcs.OP_STATE] not in OP_STATE_ACCEPTS[call.leaf]:
         raise Refused(TDX_OP_STATE_INCORRECT)
-
-
-def map_tdcs(call: Call, td: Td) -> None:
-    """Find the TD's first TDCS page, which must be there."""
-    memory = call.module.memory
-    td.map_tdcs(memory)
-    memory.require_intact(td.tdcs_hpa)
 
 
 def require_tdvps_pages(call: Call, td: Td, tdvpr: int) -> int:

@@ -69,8 +69,6 @@ class Guest:
         self.page = memory.frame(self.tdvpr)
         self.td = Td(memory, module.cpu.tdr_inside(lp))
         self.td.map_tdcs(memory)
-        for hpa in (self.tdvpr, self.td.tdr, self.td.tdcs_hpa):
-            memory.require_intact(hpa)
         self.rax = rax
         self.registers = registers
 

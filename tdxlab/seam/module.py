@@ -304,11 +304,13 @@ class Module:
         self.require_guest(lp)
         inputs = registers.as_dict() if self.trace.logging else {}
         try:
+            if self.halted:
+                raise ModuleFatal(self.halted)
             outcome = guest.handle(
                 self, lp, reason, rax, registers, qualification, gpa, rip, interruption
             )
         except (ModuleFatal, MachineCheck) as stop:
-            self.halted = str(stop)
+            self.halted = self.halted or str(stop)
             self.cpu.leave(lp)
             outcome = GuestOutcome(True, VMFAILINVALID, Registers())
         if self.trace.logging:

@@ -140,17 +140,14 @@ def walk(memory: Memory, eptp: int, gpa: int, sept_level: int) -> Place:
     eptp: root HPA with the walk length (levels - 1) in bits 5:3. Returns the entry reached, above
     `sept_level` when the walk
     had to stop: at an entry without permissions (free, blocked, pending) or at a leaf.
-    Raises MachineCheck at a table that the host has written to.
     Source: TDX module 1.5.01, sept_manager.c, secure_ept_walk.
     """
     view = memory.words.view
-    frames, torn = memory.frames, memory.torn
+    frames = memory.frames
     level = eptp >> 3 & 7
     shift = 12 + 9 * level
     table = eptp & HPA_MASK
     while True:
-        if torn and table >> 12 in torn:
-            memory.require_intact(table)
         word = frames[table >> 12] + (gpa >> shift & 511)
         septe = view[word]
         if level == sept_level or not 0 < septe & _LEAF_OR_RWX < LEAF:
@@ -186,5 +183,4 @@ def _entries_below(
 
 def is_empty(memory: Memory, table: int) -> bool:
     """True if all 512 entries of the S-EPT page at HPA `table` are exactly free."""
-    memory.require_intact(table)
     return memory.words.read(memory.frame(table), WORDS_PER_PAGE) == FREE_PAGE

@@ -63,7 +63,6 @@ def tdh_mem_page_promote(call: Call) -> Operation:
     table_entry = module.pamt.entry(table, 0)
     lock_mapped_page(call, table_entry)
     require_tracked(call, td, place, table_entry)
-    module.memory.require_intact(table)
     first = _lock_children(call, place, module.memory.frame(table))
     _require_no_interrupt(call, given)
     hpa = first & HPA_MASK

@@ -27,7 +27,7 @@ from tdxlab.cpu import PCONFIG_BUSY, PCONFIG_OK
 from tdxlab.memory import ZERO_PAGE
 from tdxlab.seam import sept
 from tdxlab.seam.call import Call, Refused
-from tdxlab.seam.checks import lock_page, lock_tdr, map_tdcs
+from tdxlab.seam.checks import lock_page, lock_tdr
 from tdxlab.seam.locks import release_exclusive, try_exclusive
 from tdxlab.seam.rules import (
     HKID_ASSIGNED,
@@ -146,7 +146,7 @@ def tdh_mng_addcx(call: Call) -> Operation:
     if index == MIN_TDCX - 1 and module.conditions.entropy_fails:
         raise Refused(TDX_RND_NO_ENTROPY)
     if index >= MIN_TDCX:
-        map_tdcs(call, td)
+        td.map_tdcs(module.memory)
         if words.view[td.tdcs + Tdcs.OP_STATE] not in OP_STATE_ACCEPTS[call.leaf]:
             raise Refused(TDX_OP_STATE_INCORRECT)
     yield ("TDH.MNG.ADDCX", td.tdr, hpa)
@@ -187,7 +187,7 @@ def _has_associated_vcpus(call: Call, td: Td) -> bool:
     view = memory.words.view
     if view[td.page + Tdr.NUM_TDCX] < MIN_TDCX:
         return False
-    map_tdcs(call, td)
+    td.map_tdcs(memory)
     return bool(
         view[td.tdcs + Tdcs.OP_STATE] != OP_UNINITIALIZED and view[td.tdcs + Tdcs.NUM_ASSOC_VCPUS]
     )

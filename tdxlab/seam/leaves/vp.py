@@ -17,14 +17,7 @@ from tdxlab.abi.status import (
 from tdxlab.arch import HPA_MASK
 from tdxlab.memory import ZERO_PAGE
 from tdxlab.seam.call import Call, Refused
-from tdxlab.seam.checks import (
-    lock_owner,
-    lock_page,
-    lock_tdr,
-    map_tdcs,
-    open_tdcs,
-    require_tdvps_pages,
-)
+from tdxlab.seam.checks import lock_owner, lock_page, lock_tdr, open_tdcs, require_tdvps_pages
 from tdxlab.seam.rules import (
     PT_NDA,
     PT_TDCX,
@@ -184,7 +177,7 @@ def tdh_vp_flush(call: Call) -> Operation:
     td = lock_owner(call, lock_page(call, tdvpr, OPERAND_ID_RCX, PT_TDVPR, exclusive=True))
     if words.view[td.page + Tdr.LIFECYCLE] != TD_KEYS_CONFIGURED:
         raise Refused(TDX_TD_KEYS_NOT_CONFIGURED)
-    map_tdcs(call, td)
+    td.map_tdcs(module.memory)
     page = require_tdvps_pages(call, td, tdvpr)
     if words.view[page + Tdvps.ASSOC_LPID] != call.lp:
         raise Refused(TDX_VCPU_NOT_ASSOCIATED)
