@@ -91,8 +91,8 @@ def check(case: Case, *faults: Fault) -> None:
     assert status == first.status, f"{describe(status)}, not {describe(first.status)}"
     assert registers == expected
     if held is not None:
-        assert held.words.view[held.index] == held.after
-        held.words.put(held.index, held.before)
+        assert held.words.view[held.word] == held.after
+        held.words.put(held.word, held.before)
     if looks:
         assert case.bench.digest() == before
 

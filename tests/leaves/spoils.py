@@ -65,7 +65,7 @@ class Held(NamedTuple):
     """A lock word that somebody else holds: how it was, and how a failed attempt must leave it."""
 
     words: Words
-    index: int
+    word: int
     before: int
     after: int
 

@@ -139,7 +139,7 @@ def test_tdh_mr_extend_neither_tests_nor_takes_the_locks_of_the_sept(bench: Benc
     case = mr_extend(bench)
     lock = entry_lock(case)
     case.succeed()
-    assert lock.words.view[lock.index] == lock.before
+    assert lock.words.view[lock.word] == lock.before
 
 
 def mrtd(bench: Bench, calls: str) -> tuple[bytes, bytes]:

@@ -1,6 +1,6 @@
 """Locks: the words themselves, who shares with whom, and what a leaf leaves of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 from leafbench import RAW, SOURCE, Bench, BuiltTd
@@ -87,17 +87,17 @@ def test_a_release_leaves_the_lock_word(
 # -- leaves
 
 #: Leaves on a TD with one 4 KiB page pending at GPA: operands, "tdr" and "free" standing for HPAs.
-SHARERS = {
+SHARERS: dict[int, dict[str, int | str]] = {
     abi.TDH_MEM_SEPT_ADD: {"rcx": GPA + (1 << 21) | 1, "rdx": "tdr", "r8": "free"},
     abi.TDH_MEM_PAGE_AUG: {"rcx": GPA + 0x1000, "rdx": "tdr", "r8": "free"},
     abi.TDH_MEM_PAGE_REMOVE: {"rcx": GPA, "rdx": "tdr"},
     abi.TDH_MEM_PAGE_RELOCATE: {"rcx": GPA, "rdx": "tdr", "r8": "free"},
     abi.TDH_MEM_SEPT_RD: {"rcx": GPA, "rdx": "tdr"},
 }
-EXCLUSIVES = {
+EXCLUSIVES: dict[int, dict[str, int | str]] = {
     abi.TDH_MEM_RANGE_BLOCK: {"rcx": GPA, "rdx": "tdr"},
 }
-OTHERS = {
+OTHERS: dict[int, dict[str, int | str]] = {
     abi.TDH_MEM_TRACK: {"rcx": "tdr"},
     abi.TDH_VP_CREATE: {"rcx": "free", "rdx": "tdr"},
     abi.TDH_MNG_RD: {"rcx": "tdr", "rdx": 0x9010000200000004},
@@ -113,11 +113,12 @@ def td_with_a_page(bench: Bench) -> BuiltTd:
 
 def call(td: BuiltTd, leaf: int) -> int:
     pages = {"tdr": td.tdr, "free": td.bench.spare()}
-    named = {name: pages.get(value, value) for name, value in ALL[leaf].items()}
+    operands = ALL[leaf].items()
+    named = {name: pages[v] if isinstance(v, str) else v for name, v in operands}
     return td.bench.call(leaf, **named)[0]
 
 
-def by_name(leaves: dict[int, object]) -> pytest.MarkDecorator:
+def by_name(leaves: Mapping[int, object]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("leaf", leaves, ids=[abi.HOST_LEAVES[n].name for n in leaves])
 
 

@@ -191,6 +191,11 @@ def test_tdh_mng_create_makes_a_tdr_under_the_modules_keyid(bench: Bench) -> Non
     assert fields == [40, 0, 0]
 
 
+def test_tdh_mng_create_gives_every_td_another_uuid(bench: Bench) -> None:
+    tds = [BuiltTd(bench) for _ in range(3)]
+    assert len({bench.words.read(td.tdr_word(Tdr.UUID), 4) for td in tds} | {bytes(32)}) == 4
+
+
 def test_tdh_mng_create_without_entropy_leaves_the_page_zeroed_and_free(bench: Bench) -> None:
     hpa = bench.page()
     bench.machine.store(hpa, b"old")

@@ -84,8 +84,8 @@ def global_lock(value: int, after: int) -> Fault:
 
 def sys_init(bench: Bench) -> Case:
     clears = ("rcx", "rdx", "r8", "r9", "r10")
-    given = dict.fromkeys(clears[1:], 7) | {"r11": 11}
-    return Case(brought_to(PENDING), None, abi.TDH_SYS_INIT, clears, **given)
+    fresh = brought_to(PENDING)
+    return Case(fresh, None, abi.TDH_SYS_INIT, clears, rdx=2, r8=8, r9=9, r10=10, r11=11)
 
 
 def lp_init(bench: Bench) -> Case:
