@@ -79,6 +79,10 @@ def _spoil(change: Callable[[NotebookNode], object]) -> NotebookNode:
     return book
 
 
+def test_series_starts_with_notebook_00() -> None:
+    assert [path.name[:3] for path in SERIES[:1]] == ["00-"]
+
+
 @pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
 def test_notebook_is_fit_to_be_compared(path: Path) -> None:
     book = read(path)

@@ -43,7 +43,7 @@ def lab_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (folder / "work").mkdir()
     nbformat.write(_plain_notebook(), folder / "work" / PLAIN)
     command = [sys.executable, "-m", "tdxlab", "lab", "--no-browser", "--dir", "work"]
-    command += ["--port", str(lab.free_port(20_000))]
+    command += ["--port", str(lab.free_port(20_000 + os.getpid() % 20_000))]
     with running_lab(command, os.environ | private_jupyter(folder), folder) as running:
         yield running.url
 
