@@ -95,8 +95,8 @@ def lp_init(bench: Bench) -> Case:
 
 
 def config(bench: Bench) -> Case:
-    operands = {"rcx": TDMR_INFO_BUFFER, "rdx": 2, "r8": 32, "r9": 9}
-    return Case(brought_to(INIT_DONE), None, abi.TDH_SYS_CONFIG, **operands)
+    fresh, leaf = brought_to(INIT_DONE), abi.TDH_SYS_CONFIG
+    return Case(fresh, None, leaf, rcx=TDMR_INFO_BUFFER, rdx=2, r8=32, r9=9)
 
 
 def key_config(bench: Bench) -> Case:
