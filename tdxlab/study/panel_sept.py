@@ -30,6 +30,8 @@ from tdxlab.study.sept_diagram import diagram as state_svg
 from tdxlab.study.sept_entry import bit_strip, entry_table, state_bits_text
 from tdxlab.study.sept_lab import FIRST_GPA, NO_TABLE, NOT_DONE, SeptLab
 from tdxlab.study.sept_moves import ILLEGAL, LATER, LEGAL, MOVES, REACHED, Prospect
+from tdxlab.study.sept_tables import state_counts
+from tdxlab.study.show import Picture, text_table
 from tdxlab.study.svg import entry_map
 from tdxlab.tape import Action
 
@@ -138,10 +140,7 @@ class SeptWalker(Panel):
 
     def png(self) -> bytes:
         """The state diagram with counts, for readers without a kernel."""
-        canvas = Canvas(3.4)
-        axes = canvas.figure.add_axes((0.02, 0.02, 0.96, 0.96))
-        diagram.sept_diagram(self.lab.states(), axes, current=self.state)
-        return canvas.png()
+        return state_picture(self.lab, current=self.state).png
 
     def _repr_mimebundle_(self, **given: object) -> dict[str, Any]:
         return super()._repr_mimebundle_(**given) | {"image/png": b64encode(self.png()).decode()}
@@ -232,6 +231,14 @@ class SeptWalker(Panel):
         lines = "".join(f"<tr><th>{k}</th><td>{escape(v)}</td></tr>" for k, v in rows.items())
         style = "font-size:12px;line-height:1.3;text-align:left;max-width:380px"
         return f'<table style="{style}">{lines}</table>'
+
+
+def state_picture(lab: SeptLab, *, current: str | None = None) -> Picture:
+    """The state diagram with the counts of a lab's TD. current: a state to mark."""
+    canvas = Canvas(3.4)
+    axes = canvas.figure.add_axes((0.02, 0.02, 0.96, 0.96))
+    diagram.sept_diagram(lab.states(), axes, current=current)
+    return Picture(canvas.png(), text_table(state_counts(lab)))
 
 
 def _said(action: Action | None) -> str:
