@@ -86,8 +86,8 @@ class KeyOwner(NamedTuple):
 
 
 class TdRow(NamedTuple):
-    """One TD. op_state: "-" while its control pages are not in use. pages: 4 KiB pages that it owns
-    besides the TDR. epoch: its TLB epoch.
+    """One TD. pages: 4 KiB pages that it owns besides the TDR. op_state, vcpus, epoch (of its TLBs):
+    "-" or 0 while its control pages are not in use.
     """
 
     tdr: int
@@ -154,9 +154,9 @@ def _td_row(machine: Machine, tdr: int) -> TdRow:
         info["hkid"],
         TD_LIFECYCLE_NAMES[info["lifecycle_state"]],
         OP_STATE_NAMES[info["op_state"]] if has_control_pages else "-",
-        info.get("num_vcpus", 0),
+        info["num_vcpus"] if has_control_pages else 0,
         info["chldcnt"],
-        info.get("td_epoch", 0),
+        info["td_epoch"] if has_control_pages else 0,
     )
 
 
