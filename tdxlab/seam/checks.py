@@ -22,40 +22,32 @@ from tdxlab.abi.status import (
     TDX_EPT_WALK_FAILED,
     TDX_GPA_RANGE_NOT_BLOCKED,
     TDX_OP_STATE_INCORRECT,
-    TDX_OPERAND_ADDR_RANGE_ERROR,
     TDX_OPERAND_BUSY,
     TDX_OPERAND_INVALID,
-    TDX_PAGE_METADATA_INCORRECT,
     TDX_TD_FATAL,
     TDX_TD_KEYS_NOT_CONFIGURED,
     TDX_TDCS_NOT_ALLOCATED,
     TDX_TDCX_NUM_INCORRECT,
     TDX_TLB_TRACKING_NOT_DONE,
 )
-from tdxlab.arch import HPA_MASK, PA_LIMIT
+from tdxlab.arch import HPA_MASK
 from tdxlab.journal import Words
 from tdxlab.seam import sept
 from tdxlab.seam.call import Call, ModuleFatal, Refused
 from tdxlab.seam.epochs import is_tracked
 from tdxlab.seam.locks import (
     release_exclusive,
-    release_exclusive_hp,
-    release_path_exclusive_hp,
-    release_path_shared_hp,
     release_shared,
     release_shared_hp,
     try_exclusive,
-    try_exclusive_hp,
-    try_path_hp,
-    try_promote_hp,
     try_shared,
     try_shared_hp,
 )
+from tdxlab.seam.page_checks import lock_page
 from tdxlab.seam.pamt import TYPE_MASK, TYPE_SHIFT
 from tdxlab.seam.rules import (
     OP_STATE_ACCEPTS,
     PT_NDA,
-    PT_REG,
     PT_RSVD,
     PT_TDR,
     SEPT_ACCEPTS,
@@ -78,138 +70,6 @@ INVALID_RCX = TDX_OPERAND_INVALID + OPERAND_ID_RCX
 _LEVEL_MASK = 7
 #: Bits of a GPA operand that hold neither level nor address.
 _PAGE_INFO_RESERVED = MASK64 & ~(HPA_MASK | _LEVEL_MASK)
-
-
-# -- physical pages
-
-
-def walk_pamt(call: Call, hpa: int, operand: int, *, exclusive: bool) -> tuple[int, int]:
-    """Take the PAMT entry that represents `hpa`, whatever its type; returns (entry, size code).
-
-    The 1G and 2M entries on the way are taken shared, the last one as asked.
-    Refuses, in order, all with `operand`: OPERAND_INVALID (unaligned, KeyID bits, 2**52 or more);
-    OPERAND_ADDR_RANGE_ERROR (no initialised block); OPERAND_BUSY.
-    Source: pamt_manager.c, pamt_walk.
-    """
-    module = call.module
-    if hpa & module.not_an_hpa:
-        raise Refused(TDX_OPERAND_INVALID + operand)
-    pamt = module.pamt
-    block = pamt.blocks.get(hpa >> 30)
-    if block is None:
-        raise Refused(TDX_OPERAND_ADDR_RANGE_ERROR + operand)
-    entry_1g, first_2m, first_4k = block
-    entry_2m = first_2m + (hpa >> 21 & 511) * 2
-    entry = first_4k + (hpa >> 12 & 0x3FFFF) * 2
-    words = pamt.words
-    if not try_path_hp(words, (entry_1g, entry_2m, entry), exclusive):
-        return _walk_slowly(call, (entry_1g, entry_2m, entry), operand, exclusive)
-    release = release_path_exclusive_hp if exclusive else release_path_shared_hp
-    call.locks.append((release, words, (entry_1g, entry_2m, entry)))
-    return entry, 0
-
-
-def _walk_slowly(
-    call: Call, path: tuple[int, int, int], operand: int, exclusive: bool
-) -> tuple[int, int]:
-    """The walk where something is in the way: a bigger page ends it early, a lock refuses it."""
-    words = call.module.pamt.words
-    for entry, size in zip(path, (2, 1), strict=False):
-        if _lock_parent(call, entry, operand):
-            if exclusive:
-                _promote(call, entry, operand)
-            return entry, size
-    entry = path[-1]
-    taken = try_exclusive_hp(words, entry) if exclusive else try_shared_hp(words, entry)
-    if not taken:
-        raise Refused(TDX_OPERAND_BUSY + operand)
-    call.locks.append((release_exclusive_hp if exclusive else release_shared_hp, words, entry))
-    return entry, 0
-
-
-def lock_page(
-    call: Call, hpa: int, operand: int, page_type: int, *, exclusive: bool = False
-) -> int:
-    """Take the 4 KiB page at `hpa`, which must be of `page_type`; returns its PAMT_4K entry.
-
-    Refuses, all with `operand`: as `walk_pamt`; then PAGE_METADATA_INCORRECT (inside a bigger page,
-    or another type).
-    Source: helpers.c, check_and_lock_explicit_private_hpa.
-    """
-    entry, size = walk_pamt(call, hpa, operand, exclusive=exclusive)
-    word = call.module.pamt.words.view[entry]
-    if size or (word & TYPE_MASK) >> TYPE_SHIFT != page_type:
-        raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
-    return entry
-
-
-def _lock_parent(call: Call, entry: int, operand: int) -> bool:
-    """Take a 1G or 2M entry shared; True if it maps a page, so that the walk ends there."""
-    words = call.module.pamt.words
-    if not try_shared_hp(words, entry):
-        raise Refused(TDX_OPERAND_BUSY + operand)
-    call.locks.append((release_shared_hp, words, entry))
-    return (words.view[entry] & TYPE_MASK) >> TYPE_SHIFT == PT_REG
-
-
-def _promote(call: Call, entry: int, operand: int) -> None:
-    """Turn the shared lock that was taken last into an exclusive one."""
-    words = call.module.pamt.words
-    if not try_promote_hp(words, entry):
-        raise Refused(TDX_OPERAND_BUSY + operand)
-    call.locks[-1] = (release_exclusive_hp, words, entry)
-
-
-def lock_free_range(call: Call, hpa: int, operand: int, sept_level: int) -> int:
-    """Take the free 4 KiB or 2 MiB page at `hpa` exclusively; returns the index of its PAMT entry
-    at that size.
-
-    Refuses as `lock_page`; for 2 MiB also PAGE_METADATA_INCORRECT if one of the 512 pages below is
-    not free.
-    Source: helpers.c, check_and_lock_free_range_hpa.
-    """
-    if sept_level == 0:
-        return lock_page(call, hpa, operand, PT_NDA, exclusive=True)
-    pamt = call.module.pamt
-    if hpa & (call.module.not_an_hpa | 0x1FFFFF):
-        raise Refused(TDX_OPERAND_INVALID + operand)
-    block = pamt.blocks.get(hpa >> 30)
-    if block is None:
-        raise Refused(TDX_OPERAND_ADDR_RANGE_ERROR + operand)
-    entry_1g, entry = block[0], pamt.entry(hpa, 1)
-    if _lock_parent(call, entry_1g, operand):
-        _promote(call, entry_1g, operand)
-        raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
-    _lock_parent(call, entry, operand)
-    _promote(call, entry, operand)
-    if pamt.page_type(entry) != PT_NDA or not pamt.is_all_free(hpa):
-        raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
-    return entry
-
-
-def lock_mapped_page(call: Call, entry: int, operand: int = OPERAND_ID_RCX) -> None:
-    """Take a PAMT entry that the module found itself, exclusively. Refuses: OPERAND_BUSY."""
-    words = call.module.pamt.words
-    if not try_exclusive_hp(words, entry):
-        raise Refused(TDX_OPERAND_BUSY + operand)
-    call.locks.append((release_exclusive_hp, words, entry))
-
-
-def require_shared_hpa(call: Call, pa: int, alignment: int, operand: int) -> None:
-    """The operand names host memory: aligned, below 2**52, no private KeyID, outside the module's
-    range.
-
-    Refuses: OPERAND_INVALID. Source: helpers.c, shared_hpa_check.
-    """
-    module = call.module
-    seamrr = module.platform.seamrr
-    if (
-        pa & (alignment - 1)
-        or pa >= PA_LIMIT
-        or seamrr.overlaps(pa, alignment)
-        or module.memory.split(pa)[1] >= module.platform.private_keyids[0]
-    ):
-        raise Refused(TDX_OPERAND_INVALID + operand)
 
 
 # -- TDs and vCPUs

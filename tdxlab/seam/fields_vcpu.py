@@ -26,7 +26,6 @@ from tdxlab.abi.status import (
 from tdxlab.arch import HPA_MASK, LINE_SHIFT, PAGE_SIZE
 from tdxlab.bits import MASK64, Bits, Word
 from tdxlab.seam.call import Call, Refused
-from tdxlab.seam.checks import require_shared_hpa
 from tdxlab.seam.fields import (
     HOST_AND_GUEST,
     ONLY_DEBUG_HOST,
@@ -43,6 +42,7 @@ from tdxlab.seam.fields import (
     in_tdvps,
 )
 from tdxlab.seam.fields_td import TD_FIELDS
+from tdxlab.seam.page_checks import require_shared_hpa
 from tdxlab.seam.td import GPR_NAMES, MAX_TDVPS_PAGES, Tdcs, Tdr, Tdvps
 
 #: VMCS encodings that a refusal names.

@@ -23,7 +23,7 @@ from tdxlab.abi.structs import TDMR_INFO_SIZE
 from tdxlab.arch import PA_LIMIT, PAGE_SIZE, SIZE_1G
 from tdxlab.hardware import Region
 from tdxlab.seam.call import Call, Refused
-from tdxlab.seam.checks import require_shared_hpa
+from tdxlab.seam.page_checks import require_shared_hpa
 
 MAX_TDMRS = 64
 MAX_RESERVED_AREAS = 16

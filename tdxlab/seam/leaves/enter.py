@@ -17,7 +17,6 @@ from tdxlab.seam.call import Call, Refused
 from tdxlab.seam.checks import (
     INVALID_RCX,
     lock_owner,
-    lock_page,
     lock_sept_tree,
     open_tdcs,
     require_tdvps_pages,
@@ -25,6 +24,7 @@ from tdxlab.seam.checks import (
 from tdxlab.seam.exits import EXIT_EPT_VIOLATION, load_guest_registers
 from tdxlab.seam.leaves.vp import associate
 from tdxlab.seam.locks import release_shared, try_shared
+from tdxlab.seam.page_checks import lock_page
 from tdxlab.seam.rules import PT_TDVPR, VCPU_ACTIVE, VCPU_READY
 from tdxlab.seam.td import EXIT_TRAP_LIKE, Td, Tdcs, Tdvps
 from tdxlab.steps import Operation

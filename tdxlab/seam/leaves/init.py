@@ -21,9 +21,10 @@ from tdxlab.abi.structs import TD_PARAMS_SIZE
 from tdxlab.arch import HPA_MASK
 from tdxlab.seam import measure
 from tdxlab.seam.call import Call, Refused
-from tdxlab.seam.checks import lock_tdr, open_tdcs, require_shared_hpa
+from tdxlab.seam.checks import lock_tdr, open_tdcs
 from tdxlab.seam.cpuid import check_config
 from tdxlab.seam.epochs import FIRST_EPOCH
+from tdxlab.seam.page_checks import require_shared_hpa
 from tdxlab.seam.params import (
     ARCH_CAPABILITIES_CONFIGURABLE,
     DEFAULT_HP_LOCK_TIMEOUT,

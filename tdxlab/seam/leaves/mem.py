@@ -21,19 +21,16 @@ from tdxlab.seam.checks import (
     begin_entry,
     begin_mem,
     begin_td,
-    lock_free_range,
-    lock_mapped_page,
-    lock_page,
     lock_tdr,
     open_tdcs,
     page_info,
     refuse_entry,
     require_private_gpa,
     require_sept_state,
-    require_shared_hpa,
     require_tracked,
     walk_sept,
 )
+from tdxlab.seam.page_checks import lock_free_range, lock_mapped_page, lock_page, require_shared_hpa
 from tdxlab.seam.pamt import PAGES_OF_SIZE
 from tdxlab.seam.rules import (
     MAPPED_BITS,

@@ -19,14 +19,13 @@ from tdxlab.seam import sept
 from tdxlab.seam.call import Call, Refused
 from tdxlab.seam.checks import (
     begin_mem,
-    lock_mapped_page,
-    lock_page,
     refuse_entry,
     require_sept_state,
     require_tracked,
     try_lock_septe,
 )
 from tdxlab.seam.leaves.mem import clear_l2_pages
+from tdxlab.seam.page_checks import lock_mapped_page, lock_page
 from tdxlab.seam.rules import (
     DEMOTED_CHILD,
     MAPPED_BITS,

@@ -26,18 +26,12 @@ from tdxlab.abi.status import (
 )
 from tdxlab.arch import PAGE_SIZE
 from tdxlab.seam.call import Call, Refused
-from tdxlab.seam.checks import (
-    lock_owner,
-    lock_page,
-    lock_tdr,
-    open_tdcs,
-    require_shared_hpa,
-    require_tdvps_pages,
-)
+from tdxlab.seam.checks import lock_owner, lock_tdr, open_tdcs, require_tdvps_pages
 from tdxlab.seam.fields import GUEST, NULL_FIELD_ID, PRODUCTION_HOST
 from tdxlab.seam.fields_system import MAX_CMRS
 from tdxlab.seam.leaves.vp import associate
 from tdxlab.seam.metadata import Access, Element, host_of, system_access, td_access, vcpu_access
+from tdxlab.seam.page_checks import lock_page, require_shared_hpa
 from tdxlab.seam.rules import PT_TDVPR, VCPU_DISABLED, VCPU_READY
 from tdxlab.seam.sysinfo import (
     CMR_INFO_ALIGNMENT,

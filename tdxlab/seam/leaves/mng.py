@@ -27,8 +27,9 @@ from tdxlab.cpu import PCONFIG_BUSY, PCONFIG_OK
 from tdxlab.memory import ZERO_PAGE
 from tdxlab.seam import sept
 from tdxlab.seam.call import Call, Refused
-from tdxlab.seam.checks import lock_page, lock_tdr
+from tdxlab.seam.checks import lock_tdr
 from tdxlab.seam.locks import release_exclusive, try_exclusive
+from tdxlab.seam.page_checks import lock_page
 from tdxlab.seam.rules import (
     HKID_ASSIGNED,
     HKID_FLUSHED,

@@ -15,9 +15,10 @@ from tdxlab.abi.status import (
     TDX_WBCACHE_RESUME_ERROR,
 )
 from tdxlab.seam.call import Call, Refused
-from tdxlab.seam.checks import INVALID_RCX, lock_owner, lock_page, walk_pamt
+from tdxlab.seam.checks import INVALID_RCX, lock_owner
 from tdxlab.seam.keys import Keys
 from tdxlab.seam.locks import release_exclusive, release_shared, try_exclusive, try_shared
+from tdxlab.seam.page_checks import lock_page, walk_pamt
 from tdxlab.seam.pamt import PAGES_OF_SIZE
 from tdxlab.seam.rules import PT_EPT, PT_NDA, PT_REG, PT_RSVD, PT_TDR, TD_TEARDOWN
 from tdxlab.seam.td import Td, Tdr

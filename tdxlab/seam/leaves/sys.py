@@ -26,9 +26,10 @@ from tdxlab.arch import PAGE_SIZE, SIZE_1G
 from tdxlab.journal import Words
 from tdxlab.seam import tdmr
 from tdxlab.seam.call import Call, Refused
-from tdxlab.seam.checks import INVALID_RCX, require_shared_hpa
+from tdxlab.seam.checks import INVALID_RCX
 from tdxlab.seam.leaves.mng import require_pconfig
 from tdxlab.seam.locks import release_exclusive, release_shared, try_exclusive, try_shared
+from tdxlab.seam.page_checks import require_shared_hpa
 from tdxlab.seam.rules import (
     HKID_RESERVED,
     SYS_READY,

@@ -17,7 +17,8 @@ from tdxlab.abi.status import (
 from tdxlab.arch import HPA_MASK
 from tdxlab.memory import ZERO_PAGE
 from tdxlab.seam.call import Call, Refused
-from tdxlab.seam.checks import lock_owner, lock_page, lock_tdr, open_tdcs, require_tdvps_pages
+from tdxlab.seam.checks import lock_owner, lock_tdr, open_tdcs, require_tdvps_pages
+from tdxlab.seam.page_checks import lock_page
 from tdxlab.seam.rules import (
     PT_NDA,
     PT_TDCX,
