@@ -73,6 +73,14 @@ def test_desk_before_refuses_an_unknown_stage() -> None:
         desk_before("finalise", 48)
 
 
+def test_skipping_stages_is_running_them() -> None:
+    run, skipped = Desk(48), Desk(48)
+    run.run(*BUILD)
+    skipped.skip(*BUILD)
+    assert run.machine.digest() == skipped.machine.digest()
+    assert {action.phase for action in skipped.tape.actions} == set(BUILD)
+
+
 def test_two_desks_are_alike() -> None:
     assert desk_before("flush", 52).machine.digest() == desk_before("flush", 52).machine.digest()
 

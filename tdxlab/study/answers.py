@@ -57,7 +57,9 @@ class Reply:
     def __repr__(self) -> str:
         given = " ".join(f"{k.upper()}={v:#x}" for k, v in self.action.inputs.items() if k != "rax")
         lines = [f"{self.action.name} on LP {self.action.lp}  {given}".rstrip()]
-        lines.append(f"  {self.answer.kind}: {self.answer.text}")
+        status = self.action.status
+        raw = f" (RAX={status:#018x})" if self.answer.kind in ("refused", "warning") else ""
+        lines.append(f"  {self.answer.kind}{raw}: {self.answer.text}")
         written = " ".join(f"{k.upper()}={v:#x}" for k, v in self.registers.items())
         if written:
             lines.append(f"  registers now: {written}")

@@ -86,7 +86,7 @@ def read_books(machine: Machine) -> Books:
     books: Books = {}
     for key in views.key_rows(machine):
         pending = [p for p in machine.cpu.packages if key.pending_packages >> p & 1]
-        waits = f", to be written back on packages {_listed(pending)}" if pending else ""
+        waits = f", in the caches of package{_listed(pending)}" if pending else ""
         books[Line(KEYID, 0, str(key.keyid))] = key.state + waits
     for row in views.pamt_rows(machine):
         books[Line(PAMT, 0, _page_name(row))] = _page_text(row)
@@ -129,7 +129,7 @@ def _td_lines(machine: Machine, tdr: int) -> Books:
         lines[Line(TD, tdr, "op state")] = OP_STATE_NAMES[info["op_state"]]
     keyed = [p for p in machine.cpu.packages if info["pkg_config_bitmap"] >> p & 1]
     if keyed:
-        lines[Line(TD, tdr, "packages with its key")] = _listed(keyed)
+        lines[Line(TD, tdr, "key")] = f"on package{_listed(keyed)}"
     for field, what in _TD_COUNTS.items():
         if info.get(field):
             lines[Line(TD, tdr, what)] = str(info[field])
@@ -167,4 +167,6 @@ def _page_text(row: views.PamtRow) -> str:
 
 
 def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+    """Numbers as they go on after "package": " 1" or "s 0, 1"."""
+    plural = "s" if len(numbers) > 1 else ""
+    return f"{plural} {', '.join(map(str, numbers))}"

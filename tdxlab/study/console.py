@@ -87,16 +87,20 @@ class Desk:
 
         Refuses an unknown leaf, register or thing, and an LP that runs a guest: ValueError.
         """
-        given = {**(operands or {}), **registers}
-        unknown = set(given) - set(REGISTER_NAMES)
+        before = read_books(self.machine)
+        self._seamcall(leaf, {**(operands or {}), **registers}, lp, version)
+        return self._reply(before)
+
+    def _seamcall(
+        self, leaf: str, operands: Mapping[str, int | str], lp: int, version: int = 0
+    ) -> None:
+        unknown = set(operands) - set(REGISTER_NAMES)
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: a leaf takes rcx, rdx, r8 ... r15")
         rax = find_leaf(leaf).number | version << 16
         held = self.held
-        values = {name: resolve(value, held) for name, value in given.items()}
-        before = read_books(self.machine)
+        values = {name: resolve(value, held) for name, value in operands.items()}
         self.tape.seamcall(lp, rax, Registers(**values))
-        return self._reply(before)
 
     def interrupt(self, *, lp: int = 0) -> Reply:
         """An interrupt makes the guest leave `lp`. Refuses an LP without a guest: ValueError."""
@@ -121,11 +125,17 @@ class Desk:
 
     def do(self, step: Next) -> Reply:
         """Make the call that the guide gave."""
+        before = read_books(self.machine)
+        self._make(step)
+        return self._reply(before)
+
+    def _make(self, step: Next) -> None:
         self.tape.phase = step.stage
         try:
             if step.leaf == INTERRUPT:
-                return self.interrupt(lp=step.lp)
-            return self.call(step.leaf, step.registers, lp=step.lp)
+                self.tape.interrupt(step.lp)
+            else:
+                self._seamcall(step.leaf, step.registers, step.lp)
         finally:
             self.tape.phase = BY_HAND
 
@@ -135,16 +145,21 @@ class Desk:
             return next_to_build(self.machine, self.gpaw)
         return next_to_tear_down(self.machine)
 
-    def follow(self, *stages: str) -> Iterator[tuple[Next, Reply]]:
-        """Make the guide's calls of these stages (see STAGES), as far as they are next."""
+    def steps(self, *stages: str) -> Iterator[Next]:
+        """The guide's calls of these stages (see STAGES); each is to be made before the next."""
         for stage in stages:
             goal = "build" if stage in BUILD else "tear down"
             while (step := self.next(goal)) is not None and step.stage == stage:
-                yield step, self.do(step)
+                yield step
 
     def run(self, *stages: str) -> list[Reply]:
-        """As `follow`, to the end."""
-        return [reply for _, reply in self.follow(*stages)]
+        """Let the guide make the calls of these stages, as far as they are next."""
+        return [self.do(step) for step in self.steps(*stages)]
+
+    def skip(self, *stages: str) -> None:
+        """As `run`, without looking at the answers."""
+        for step in self.steps(*stages):
+            self._make(step)
 
 
 def desk_before(stage: str, gpaw: int, packages: int = 2) -> Desk:
@@ -155,7 +170,7 @@ def desk_before(stage: str, gpaw: int, packages: int = 2) -> Desk:
     if stage not in STAGES:
         raise ValueError(f"no stage is called {stage!r}; there are {', '.join(STAGES)}")
     desk = Desk(gpaw, packages)
-    desk.run(*STAGES[: STAGES.index(stage)])
+    desk.skip(*STAGES[: STAGES.index(stage)])
     return desk
 
 

@@ -58,8 +58,8 @@ class KeyAt(NamedTuple):
 def story(desk: Desk, *stages: str) -> list[StoryRow]:
     """Let the guide go through `stages`, and tell what it did."""
     rows: list[StoryRow] = []
-    for step, reply in desk.follow(*stages):
-        status = reply.status.removeprefix("TDX_")
+    for step in desk.steps(*stages):
+        status = desk.do(step).status.removeprefix("TDX_")
         row = StoryRow(step.stage, step.leaf, 1, str(step.lp), status, _held(desk.machine))
         rows.append(_joined(rows.pop(), row) if rows and rows[-1][:2] == row[:2] else row)
     return rows

@@ -41,7 +41,7 @@ class ConsolePanel(Panel):
 
     def __init__(self, gpaw: int = 48, packages: int = 2, stages: Sequence[str] = ()) -> None:
         self.desk = Desk(gpaw, packages)
-        self.desk.run(*stages)
+        self.desk.skip(*stages)
         self.rows = {register: RegisterRow(register) for register in _REGISTERS}
         super().__init__(self.desk.tape)
         self._take_leaf()
