@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -109,7 +110,22 @@ def _replay(options: argparse.Namespace) -> int:
     from tdxlab import replay, resources
 
     paths = options.paths or [str(resources.traces())]
-    return replay.command(paths, options.json, sys.stdout, sys.stderr)
+    with _progress("traces") as progress:
+        return replay.command(paths, options.json, sys.stdout, sys.stderr, progress)
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr if that is a terminal; yields a function of (done, in all)."""
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def _demo(_options: argparse.Namespace) -> int:
