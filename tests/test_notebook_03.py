@@ -67,6 +67,7 @@ def test_a_move_acts_on_the_chosen_entry_and_ends_the_story(panel: SeptWalker) -
     assert (panel.tape.position, len(panel.tape)) == (3, 3)
     assert panel.lab.state(0x4020_0000, 1) == panel.state == "PENDING"
     assert panel.last_change() == ("FREE", "PENDING")
+    assert "is PENDING, was FREE before the last call" in panel.summary()
     panel.back.click()
     assert panel.state == "FREE"
     panel.retell.click()
@@ -137,9 +138,10 @@ def test_map_shows_the_entries_of_the_table_in_their_places(panel: SeptWalker) -
         "entry 1: PENDING",
     ]
     assert "chosen one is number 1" in shown
-    corners = [svg.map_place(0), svg.map_place(1)]
-    for x, y in corners:
+    for x, y in (svg.map_place(0), svg.map_place(1)):
         assert f'<rect x="{x}" y="{y}" width="{svg.CELL}"' in shown
+    x, y = svg.map_place(1)
+    assert f'class="tdxlab-chosen" x="{x}" y="{y}"' in shown
 
 
 def test_numbers_are_those_of_the_machine(panel: SeptWalker) -> None:

@@ -32,7 +32,7 @@ from tdxlab.study.sept_lab import FIRST_GPA, NO_TABLE, NOT_DONE, SeptLab
 from tdxlab.study.sept_moves import ILLEGAL, LATER, LEGAL, MOVES, REACHED, Prospect
 from tdxlab.study.sept_tables import state_counts
 from tdxlab.study.show import Picture, text_table
-from tdxlab.study.svg import entry_map
+from tdxlab.study.svg import CELL, entry_map, map_place
 from tdxlab.tape import Action
 
 #: Verdict of the matrices -> icon, colour and words of a move's button: never colour alone.
@@ -102,6 +102,8 @@ class SeptWalker(Panel):
             )
             for move in MOVES
         }
+        for button in self.moves.values():
+            button.layout.padding = "0 2px"
         columns = {"grid_template_columns": "repeat(6, 1fr)", "width": "100%"}
         grid = ipywidgets.GridBox(list(self.moves.values()), layout=columns)
         return [ipywidgets.HBox([self.entry, self.retell]), grid]
@@ -126,7 +128,9 @@ class SeptWalker(Panel):
 
     def summary(self) -> str:
         """Where the entry stands, what may move it, and what came last."""
-        return f"the {self._name()} is {self.state}{self._reach()}. {self._ahead()}"
+        is_there = self.state != NO_TABLE
+        stands = f"is {self.state}" if is_there else "does not exist yet, no table holds it"
+        return f"the {self._name()} {stands}{self._came()}{self._reach()}. {self._ahead()}"
 
     def numbers(self) -> dict[str, int]:
         """Entries in each state that this model reaches, and what the TD counts."""
@@ -163,12 +167,16 @@ class SeptWalker(Panel):
         gpa, level = self.place
         return f"{SEPT_LEVEL_NAMES[level]} entry of GPA {gpa:#x}"
 
+    def _came(self) -> str:
+        change = self.last_change()
+        if change is None or NO_TABLE in change:
+            return ""
+        return f", was {change[0]} before the last call"
+
     def _reach(self) -> str:
-        if self.state == NO_TABLE:
-            return " that holds it is there"
         gpa, level = self.place
         stop = self.lab.walk(gpa, level).sept_level
-        if stop == level:
+        if stop == level or self.state == NO_TABLE:
             return ""
         return f", out of reach: the walk stops at the {SEPT_LEVEL_NAMES[stop]} entry above"
 
@@ -216,7 +224,8 @@ class SeptWalker(Panel):
         cells = {i: SEPT_LOOKS[state] for i, state in enumerate(states) if state != "FREE"}
         index = table_index(gpa, level)
         name = SEPT_LEVEL_NAMES[level]
-        return entry_map(cells, title=f"512 {name} entries; the chosen one is number {index}")
+        shown = entry_map(cells, title=f"512 {name} entries; the chosen one is number {index}")
+        return shown.replace("</svg>", f"{_frame(index)}</svg>")
 
     def _books(self) -> str:
         info = self.lab.info
@@ -256,6 +265,15 @@ def _places(top: int) -> dict[str, tuple[int, int]]:
     found = [(FIRST_GPA, 0), (FIRST_GPA + level_size(0), 0), (FIRST_GPA, 1), (_BIG_GPA, 1)]
     found += [(FIRST_GPA & -level_size(level), level) for level in range(2, top + 1)]
     return {f"{SEPT_LEVEL_NAMES[level]} {gpa:#x}": (gpa, level) for gpa, level in found}
+
+
+def _frame(index: int) -> str:
+    """A thick frame around one entry of the map."""
+    x, y = map_place(index)
+    return (
+        f'<rect class="tdxlab-chosen" x="{x}" y="{y}" width="{CELL}" height="{CELL}" '
+        f'fill="none" stroke="#000" stroke-width="3"/>'
+    )
 
 
 def _css_class(name: str) -> str:
