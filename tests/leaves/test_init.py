@@ -1,7 +1,9 @@
 """TDH.MNG.INIT: TD_PARAMS, field by field, and what becomes of it."""
 
+from dataclasses import replace
+
 import pytest
-from leafbench import PARAMS, Bench, BuiltTd
+from leafbench import PARAMS, PLATFORM, Bench, BuiltTd
 from leaffaults import (
     RCX,
     RDX,
@@ -207,6 +209,18 @@ def test_tdh_mng_init_sets_the_td_up(bench: Bench, flags: int, eptp: int, gpaw: 
     assert (td.op_state, td.epoch, td.inside, td.associated) == (1, 1, (0, 0), 0)
     assert bench.words.read(td.tdcs_word(Tdcs.RTMR), 24) == bytes(192)
     assert bench.pamt(td.tdr).lock == 0
+
+
+@pytest.mark.parametrize(
+    ("width", "eptp", "status"),
+    [(48, 0x26, s.TDX_OPERAND_INVALID + EPTP), (48, 0x1E, 0), (49, 0x26, 0)],
+)
+def test_tdh_mng_init_allows_five_levels_from_49_physical_address_bits_on(
+    width: int, eptp: int, status: int
+) -> None:
+    case = init(Bench(replace(PLATFORM, max_pa_bits=width)))
+    param(24, 8, eptp)(case)
+    assert case.call()[0] == status
 
 
 @pytest.mark.parametrize("is_disabled", [False, True])

@@ -93,6 +93,13 @@ def children(*changes: tuple[int, int]) -> Fault:
     return Fault(name, spoil, status, entry_details)
 
 
+def children_not_aligned(case: Case) -> None:
+    """512 pages that follow one another, from an address that no 2 MiB page begins at."""
+    first = case.bench.machine.memory.frame(case.hpa)
+    for entry in range(first, first + 512):
+        case.bench.words.put(entry, case.bench.words.view[entry] + SIZE_4K)
+
+
 def merged_page_held(case: Case) -> Held:
     pamt = case.bench.machine.module.pamt
     return hold(pamt.words, pamt.entry(BIG_PAGES, 1), 1, 3)
@@ -108,6 +115,12 @@ PROMOTE = [
     *mapped_page_faults(),
     *tracking_faults("NL_MAPPED"),
     Fault("child locked", child_locked, s.TDX_OPERAND_BUSY + RCX, entry_details),
+    Fault(
+        "children not aligned",
+        children_not_aligned,
+        s.TDX_EPT_INVALID_PROMOTE_CONDITIONS + RCX,
+        entry_details,
+    ),
     children((0, SIZE_4K)),
     children((0, 0x0080_0000_0000_00F0 ^ 0xF0)),
     children((511, SIZE_2M)),
