@@ -34,10 +34,7 @@ NUMBERS = [f"11.{n}" for n in range(1, 8)]
 
 
 def launch(panel: MeasurePanel, change: str, page: int, number: int, prediction: str) -> None:
-    panel.change.value = change
-    panel.page.value = page
-    panel.number.value = number
-    panel.predict.value = prediction
+    panel.choose(change, page=page, number=number, expect=prediction)
     panel.launch.click()
     assert panel.error == ""
 
@@ -54,7 +51,7 @@ def panel_faults() -> list[str]:
     launch(panel, "leave the page out", 3, 0, "stays")
     if panel.numbers()["pages"] != 3 or "other than predicted" not in panel.summary():
         faults.append("the page is still there")
-    panel.scrub.value = position_of(panel, "TDH.MR.EXTEND")
+    panel.scrub.value = panel.position_of("TDH.MR.EXTEND")
     if panel.numbers()["records"] != 2 or panel.done != 2:
         faults.append("the position is wrong")
     letters = re.findall(
@@ -63,11 +60,6 @@ def panel_faults() -> list[str]:
     if letters[:17] != ["A", "E"] + ["e"] * 15:
         faults.append("the map is wrong")
     return faults
-
-
-def position_of(panel: MeasurePanel, leaf: str) -> int:
-    """The position behind the first call of `leaf`."""
-    return next(n for n, a in enumerate(panel.tape.actions, start=1) if a.name == leaf)
 
 
 def test_panel_obeys_its_controls_and_draws_what_it_did() -> None:
@@ -133,7 +125,7 @@ def test_panel_launches_only_after_a_prediction() -> None:
 
 def test_panel_shows_a_change_that_cannot_be_made_and_stays_as_it_was() -> None:
     panel = MeasurePanel(gpaw=48)
-    panel.change.value, panel.number.value, panel.predict.value = "move the page up", 1, "changes"
+    panel.choose("move the page up", number=1, expect="changes")
     panel.launch.click()
     assert "0xffe21000 is taken" in panel.error
     assert panel.recipe == panel.original_recipe

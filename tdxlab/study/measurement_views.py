@@ -90,9 +90,9 @@ def image_map(
     body = [_header()]
     body += [_row_label(place, page.section, page.gpa) for place, page in enumerate(image)]
     body += [_cell(cell, look) for cell, look in looks.items()]
-    body += [_corner(cell) for cell in sorted(different)]
     if done:
         body.append(_frame(cell_of(log[done - 1])))
+    body += [_corner(cell) for cell in sorted(different)]
     body.append(_legend(height - 26))
     return drawing(width, height, map_text(image, log, done, different), body)
 

@@ -105,6 +105,17 @@ class MeasurePanel(Panel):
         """The change that is chosen."""
         return next(change for change in CHANGES if change.name == self.change.value)
 
+    def choose(self, change: str, *, page: int = 0, number: int = 0, expect: str | None) -> None:
+        """Put the controls where a reader would. change: its name; expect: of MRTD, "changes" or
+        "stays".
+        """
+        self.change.value = change
+        self.page.value, self.number.value, self.predict.value = page, number, expect
+
+    def position_of(self, leaf: str) -> int:
+        """The position behind the first call of a leaf, such as "TDH.MR.EXTEND"."""
+        return [action.name for action in self.tape.actions].index(leaf) + 1
+
     def _offer_pages(self) -> None:
         """The pages of the image as it is now; the choice stays where it can."""
         image, place = self.recipe.image, self.page.value

@@ -141,8 +141,7 @@ def test_a_launch_needs_no_mouse(shown: PanelPage, panel: MeasurePanel) -> None:
     slide(shown, "tdxlab-number", 3)
     shown.page.wait_for_function(SAYS, arg=[".tdxlab-choice", "chunks 3"])
     shown.press("tdxlab-launch", " ", then="Last change: measure the first chunks only")
-    panel.change.value, panel.page.value = "measure the first chunks only", 1
-    panel.number.value, panel.predict.value = 3, "changes"
+    panel.choose("measure the first chunks only", page=1, number=3, expect="changes")
     panel.launch.click()
     assert_same(shown, panel)
     assert panel.numbers()["EXTEND"] == 16 + 3
