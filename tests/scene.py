@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tdxlab.abi import leaves as abi
+from tdxlab.abi.registers import Registers
 from tdxlab.abi.structs import CONFIG_FLAGS_GPAW_52, EPTP_4_LEVELS, EPTP_5_LEVELS, make_td_params
 from tdxlab.arch import HPA_MASK, PAGE_SIZE, SIZE_1G, SIZE_2M, level_size
 from tdxlab.hardware import default_platform
@@ -31,7 +32,6 @@ from tdxlab.seam.td import (
     ATTRIBUTES_DEBUG,
     ATTRIBUTES_SEPT_VE_DISABLE,
     MIN_TDCX,
-    SEPT_ROOT_PAGE,
     Tdcs,
     Tdr,
     Tdvps,
@@ -41,6 +41,9 @@ BASE = 4 * SIZE_1G
 POOL_PAGES = 256
 POOL = range(BASE, BASE + POOL_PAGES * PAGE_SIZE, PAGE_SIZE)
 BIG_POOL = range(BASE + SIZE_2M, BASE + 9 * SIZE_2M, SIZE_2M)
+
+#: A VM exit reason that the module has no handler for.
+UNEXPECTED_EXIT = 33
 
 #: Host buffers in low memory: a page to copy from, room for answers, TD_PARAMS of several kinds.
 SOURCE, ANSWER, SCRATCH, PARAMS = 0x2000_0000, 0x2001_0000, 0x2002_0000, 0x2003_0000
@@ -166,6 +169,8 @@ class Scene:
     def pages(self, *page_types: int) -> list[int]:
         """Pages of the pool of some PAMT types."""
         pamt = self.machine.module.pamt
+        if BASE >> 30 not in pamt.blocks:
+            return []
         first = pamt.entry(BASE, 0)
         words = pamt.words.view[first : first + 2 * POOL_PAGES].tolist()[::2]
         return [
@@ -177,7 +182,7 @@ class Scene:
         return self.pages(PT_NDA)[:8]
 
     def free_big_pages(self) -> list[int]:
-        """Free 2 MiB pages."""
+        """Free 2 MiB pages of a machine that is ready."""
         pamt = self.machine.module.pamt
         return [
             hpa
@@ -216,12 +221,15 @@ def empty_scene() -> Scene:
 
 
 def crowded_scene() -> Scene:
-    """The same with six TDs: two that run, one that is built, two that begin, one that ends."""
+    """The same with eight TDs: two that run, one that died, one that is built, three that begin,
+    one that ends.
+    """
     scene = empty_scene()
     host = Host(scene.machine)
     _running(host, HostTd(host, gpaw=48, max_vcpus=2), (0, 1))
     _running(host, HostTd(host, gpaw=52, max_vcpus=2, attributes=ATTRIBUTES_DEBUG), (2,))
-    _building(host, HostTd(host, gpaw=52, max_vcpus=2))
+    _dead(host, HostTd(host))
+    _building(host, HostTd(host, gpaw=52, max_vcpus=1))
     _beginning(host)
     _ending(host, HostTd(host, gpaw=48))
     return scene
@@ -240,9 +248,20 @@ def _running(host: Host, td: HostTd, lps: tuple[int, ...]) -> None:
     td.kick(lps[0])
 
 
+def _dead(host: Host, td: HostTd) -> None:
+    """An exit that nobody expects ends a TD that is no debug TD."""
+    td.add_vcpu(lp=3)
+    td.add_page(0)
+    td.finalize()
+    td.enter(0, lp=3)
+    host.machine.vm_exit(3, UNEXPECTED_EXIT, Registers())
+
+
 def _building(host: Host, td: HostTd) -> None:
-    """One vCPU that has all its pages and one that lacks some; a 2 MiB page that was split."""
-    for pages in (VCPU_PAGES, 2):
+    """Two vCPUs that have all their pages, one more than it may have, and one that lacks some; a
+    2 MiB page that was split.
+    """
+    for pages in (VCPU_PAGES, VCPU_PAGES, 2):
         tdvpr = host.take_page()
         host.must(0, abi.TDH_VP_CREATE, rcx=tdvpr, rdx=td.tdr)
         for _ in range(pages):
@@ -254,15 +273,19 @@ def _building(host: Host, td: HostTd) -> None:
 
 
 def _beginning(host: Host) -> None:
-    """One TD that has its key on one package, and one with keys and most control pages."""
-    young, older = host.take_page(), host.take_page()
+    """One TD that has its key on one package, one that lacks a control page, one without
+    parameters.
+    """
+    young = host.take_page()
     host.must(0, abi.TDH_MNG_CREATE, rcx=young, rdx=host.take_keyid())
     host.must(0, abi.TDH_MNG_KEY_CONFIG, rcx=young)
-    host.must(0, abi.TDH_MNG_CREATE, rcx=older, rdx=host.take_keyid())
-    for package in host.machine.cpu.packages:
-        host.must(host.lp_of(package), abi.TDH_MNG_KEY_CONFIG, rcx=older)
-    for _ in range(SEPT_ROOT_PAGE + 2):
-        host.must(0, abi.TDH_MNG_ADDCX, rcx=host.take_page(), rdx=older)
+    for control_pages in (MIN_TDCX - 1, MIN_TDCX):
+        tdr = host.take_page()
+        host.must(0, abi.TDH_MNG_CREATE, rcx=tdr, rdx=host.take_keyid())
+        for package in host.machine.cpu.packages:
+            host.must(host.lp_of(package), abi.TDH_MNG_KEY_CONFIG, rcx=tdr)
+        for _ in range(control_pages):
+            host.must(0, abi.TDH_MNG_ADDCX, rcx=host.take_page(), rdx=tdr)
 
 
 def _ending(host: Host, td: HostTd) -> None:

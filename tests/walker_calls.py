@@ -33,16 +33,25 @@ from tests.scene import ANSWER, BIG_POOL, PARAMS, PARAMS_KINDS, POOL, SOURCE
 from tests.walker import HostCall, NothingToDo, Walker
 
 #: KeyIDs that new TDs take: few, so that they are used again.
-KEYIDS = range(56, 64)
-_MANY = 8
+KEYIDS = range(58, 64)
+_MANY = 10
 
 Maker = Callable[[Walker], HostCall]
 
 
 def draw(walker: Walker, leaf: int) -> HostCall | None:
     """A call of the leaf that should succeed now; None if there is none."""
+    return _try(MAKERS, walker, leaf)
+
+
+def draw_carelessly(walker: Walker, leaf: int) -> HostCall | None:
+    """As `draw`, but TLB tracking may forbid the call; None too for a leaf that needs none."""
+    return _try(CARELESS_MAKERS, walker, leaf)
+
+
+def _try(makers: dict[int, Maker], walker: Walker, leaf: int) -> HostCall | None:
     try:
-        return MAKERS[leaf](walker)
+        return makers[leaf](walker) if leaf in makers else None
     except NothingToDo:
         return None
 
@@ -335,4 +344,14 @@ MAKERS: dict[int, Maker] = {
     abi.TDH_SYS_LP_SHUTDOWN: _always(abi.TDH_SYS_LP_SHUTDOWN),
     abi.TDH_SYS_CONFIG: _always(abi.TDH_SYS_CONFIG, rcx=ANSWER, rdx=1, r8=32),
     abi.TDH_SYS_UPDATE: _always(abi.TDH_SYS_UPDATE),
+}
+
+#: Leaves that need TLB tracking, without asking whether it was done.
+CARELESS_MAKERS: dict[int, Maker] = {
+    abi.TDH_MEM_PAGE_RELOCATE: _on_entry(abi.TDH_MEM_PAGE_RELOCATE, 0, 0, page=True),
+    abi.TDH_MEM_PAGE_DEMOTE: _on_entry(abi.TDH_MEM_PAGE_DEMOTE, 1, 2, page=True),
+    abi.TDH_MEM_PAGE_PROMOTE: _on_entry(abi.TDH_MEM_PAGE_PROMOTE, 1, 2),
+    abi.TDH_MEM_PAGE_REMOVE: _on_entry(abi.TDH_MEM_PAGE_REMOVE, 0, 2),
+    abi.TDH_MEM_SEPT_REMOVE: _on_entry(abi.TDH_MEM_SEPT_REMOVE, 1, 4),
+    abi.TDH_MEM_RANGE_UNBLOCK: _on_entry(abi.TDH_MEM_RANGE_UNBLOCK, 0, 4),
 }

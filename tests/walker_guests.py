@@ -8,7 +8,7 @@ from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.seam import exits
 from tdxlab.seam.rules import MAPPED_BITS, PENDING_BITS
-from tests.scene import SMALL_GPAS
+from tests.scene import SMALL_GPAS, UNEXPECTED_EXIT
 from tests.walker import Walker
 
 #: A VMCALL mask that passes R10 to R15.
@@ -101,7 +101,7 @@ def triple_fault(w: Walker, lp: int) -> GuestOutcome:
 
 def die(w: Walker, lp: int) -> GuestOutcome:
     """An exit that nobody expects kills a TD that is no debug TD."""
-    return w.machine.vm_exit(lp, 33, Registers())
+    return w.machine.vm_exit(lp, UNEXPECTED_EXIT, Registers())
 
 
 #: The likely ones are there more than once.
