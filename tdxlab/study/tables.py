@@ -86,8 +86,8 @@ class KeyOwner(NamedTuple):
 
 
 class TdRow(NamedTuple):
-    """One TD. pages: 4 KiB pages that it owns besides the TDR. op_state, vcpus, epoch (of its TLBs):
-    "-" or 0 while its control pages are not in use.
+    """One TD. pages: 4 KiB pages that it owns besides the TDR. epoch: of its TLBs. op_state, vcpus
+    and epoch are "-" or 0 while its control pages are not in use.
     """
 
     tdr: int
