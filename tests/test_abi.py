@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from tdxlab.abi import leaves, status
 from tdxlab.abi.registers import MASK64, NULL_PA, REGISTER_NAMES, Registers
 from tdxlab.abi.status import Status
+from tdxlab.seam.module import LEAVES
+from tdxlab.seam.tdcalls import HANDLERS
 
 words = st.integers(0, MASK64)
 codes = st.sampled_from(sorted(status.STATUS_NAMES))
@@ -257,14 +259,8 @@ def test_leaf_versions_beyond_zero() -> None:
 def test_leaves_that_are_not_modelled_are_of_migration_and_service_tds() -> None:
     groups = {row.group for row in leaves.HOST_LEAVES.values() if not row.modelled}
     assert groups == {"migration", "service td"}
-    assert {row.name for row in leaves.GUEST_LEAVES.values() if row.modelled} == {
-        "TDG.VP.VMCALL",
-        "TDG.VP.INFO",
-        "TDG.MR.RTMR.EXTEND",
-        "TDG.VP.VEINFO.GET",
-        "TDG.MR.REPORT",
-        "TDG.MEM.PAGE.ACCEPT",
-    }
+    assert {row.number for row in leaves.HOST_LEAVES.values() if row.modelled} == set(LEAVES)
+    assert {row.number for row in leaves.GUEST_LEAVES.values() if row.modelled} == set(HANDLERS)
 
 
 def test_rax_holds_leaf_and_version() -> None:

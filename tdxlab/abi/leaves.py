@@ -186,6 +186,8 @@ _ENTRY_SHOWN = {"rcx": "the entry as the host may see it", "rdx": "level 2:0, st
 _L2_TABLES = {"r9": "version 1: table of L2 VM 1, or all ones", "r10": "VM 2", "r11": "VM 3"}
 _L2_TABLES_OUT = {"r9": "version 1: like R8, for L2 VM 1", "r10": "VM 2", "r11": "VM 3"}
 _L2_TABLES_FREED = {"r9": "version 1: all ones without L2 VMs", "r10": "like R9", "r11": "like R9"}
+_FIELD_ASKED = {"rdx": "field id, or all ones for the first one"}
+_FIELD_WRITTEN = {"rdx": "field id", "r8": "new value", "r9": "bits to be written"}
 _DEMOTE_TABLES = {
     "r8": "HPA of the new table",
     "r9": "table of L2 VM 1, ignored without L2 VMs",
@@ -600,19 +602,61 @@ _GUEST = (
             "r8": "sub-type, 0",
         },
     ),
-    _named(TDG_VP_CPUIDVE_SET, "TDG.VP.CPUIDVE.SET", "ask for an exception on every CPUID"),
+    _leaf(
+        TDG_VP_CPUIDVE_SET,
+        "TDG.VP.CPUIDVE.SET",
+        "ask for an exception on every CPUID",
+        {"rcx": "bit 0: in supervisor mode, bit 1: in user mode"},
+    ),
     _leaf(
         TDG_MEM_PAGE_ACCEPT,
         "TDG.MEM.PAGE.ACCEPT",
         "accept a pending page: zero it and make it usable",
         {"rcx": "GPA, with the level (0 or 1) in bits 2:0"},
     ),
-    _named(TDG_VM_RD, "TDG.VM.RD", "read one metadata field of the TD", versions=(0, 1)),
-    _named(TDG_VM_WR, "TDG.VM.WR", "write one metadata field of the TD"),
-    _named(TDG_VP_RD, "TDG.VP.RD", "read one metadata field of this vCPU"),
-    _named(TDG_VP_WR, "TDG.VP.WR", "write one metadata field of this vCPU"),
-    _named(TDG_SYS_RD, "TDG.SYS.RD", "read one metadata field of the module"),
-    _named(TDG_SYS_RDALL, "TDG.SYS.RDALL", "write all metadata fields of the module to a page"),
+    _leaf(
+        TDG_VM_RD,
+        "TDG.VM.RD",
+        "read one metadata field of the TD",
+        {"rcx": "0", **_FIELD_ASKED},
+        {"r8": "value, 0 on errors", "rdx": "version 1: next field id"},
+        versions=(0, 1),
+    ),
+    _leaf(
+        TDG_VM_WR,
+        "TDG.VM.WR",
+        "write one metadata field of the TD",
+        {"rcx": "0", **_FIELD_WRITTEN},
+        {"r8": "old value, 0 on errors"},
+    ),
+    _leaf(
+        TDG_VP_RD,
+        "TDG.VP.RD",
+        "read one metadata field of this vCPU",
+        {"rcx": "0", **_FIELD_ASKED},
+        {"r8": "value, 0 on errors", "rdx": "next field id"},
+    ),
+    _leaf(
+        TDG_VP_WR,
+        "TDG.VP.WR",
+        "write one metadata field of this vCPU",
+        {"rcx": "0", **_FIELD_WRITTEN},
+        {"r8": "old value, 0 on errors"},
+    ),
+    _leaf(
+        TDG_SYS_RD,
+        "TDG.SYS.RD",
+        "read one metadata field of the module",
+        _FIELD_ASKED,
+        {"r8": "value, 0 on errors", "rdx": "next field id"},
+    ),
+    _leaf(
+        TDG_SYS_RDALL,
+        "TDG.SYS.RDALL",
+        "write all metadata fields of the module to a page",
+        {"rdx": "GPA of the page, 4 KiB aligned, private", "r8": "first field id, or all ones"},
+        {"r8": "all ones: nothing is left to read"},
+    ),
     _named(TDG_SERVTD_RD, "TDG.SERVTD.RD", "read one metadata field of a bound TD"),
     _named(TDG_SERVTD_WR, "TDG.SERVTD.WR", "write one metadata field of a bound TD"),
     _named(TDG_MR_VERIFYREPORT, "TDG.MR.VERIFYREPORT", "check a report made on this platform"),
