@@ -77,6 +77,8 @@ def _add_lab(commands: argparse._SubParsersAction[_Parser]) -> None:
     note = "first TCP port to try; the next free one is taken (default: %(default)s)"
     lab.add_argument("--port", type=_port, default=DEFAULT_PORT, metavar="PORT", help=note)
     lab.add_argument("--no-browser", action="store_true", help="print the URL, open no browser")
+    note = "copy the solutions and the instructor notes (instructor/) too; students get neither"
+    lab.add_argument("--instructor", action="store_true", help=note)
     lab.set_defaults(run=_lab)
 
 
@@ -101,7 +103,7 @@ def _lab(options: argparse.Namespace) -> int:
 
     browser = not options.no_browser and lab.wants_browser(os.environ)
     try:
-        return lab.run(options.dir, options.port, browser, sys.stdout)
+        return lab.run(options.dir, options.port, browser, sys.stdout, options.instructor)
     except lab.LabError as error:
         return _complain(str(error))
 

@@ -50,18 +50,20 @@ class Server:
         return f"http://{HOST}:{self.port}/{place}?token={self.token}"
 
 
-def run(folder: Path, port: int, browser: bool, out: TextIO) -> int:
+def run(folder: Path, port: int, browser: bool, out: TextIO, instructor: bool = False) -> int:
     """Copy the notebooks to `folder`, serve them, print the URL and wait until the server ends.
 
     port: the first TCP port to try, 1..65535. browser: open the URL in a browser too.
+    instructor: copy the solutions and the instructor notes too.
     Returns 0 after Ctrl-C or a shutdown from the menu, the server's own exit status otherwise.
     Refuses, in order: LabError if JupyterLab is not installed; OSError if `folder` cannot be
     written; LabError if no port is free or the server does not start.
     """
     if importlib.util.find_spec("jupyterlab") is None:
         raise LabError("JupyterLab is not installed: pip install jupyterlab")
-    copies = workspace.copy_fresh(resources.notebooks(), folder)
-    print(f"Notebooks: {folder.resolve()} ({len(copies)} new)", file=out)
+    copies = workspace.copy_fresh(resources.notebooks(), folder, instructor)
+    edition = "with solutions and notes" if instructor else "without solutions"
+    print(f"Notebooks, {edition}: {folder.resolve()} ({len(copies)} new)", file=out)
     free = free_port(port)
     if free != port:
         print(f"Port {port} is taken; using {free}.", file=out)

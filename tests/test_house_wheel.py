@@ -64,6 +64,7 @@ def test_wheel_holds_notebooks_data_and_types_but_no_tests(wheel: Path) -> None:
     assert "tdxlab/py.typed" in names
     assert f"tdxlab/_packaged/data/conformance/{TRACE}" in names
     assert any(name.startswith("tdxlab/_packaged/notebooks/00-") for name in names)
+    assert "tdxlab/_packaged/notebooks/instructor/02.md" in names
     tops = {name.split("/")[0] for name in names}
     assert len(tops) == 2
     assert "tdxlab" in tops
