@@ -34,7 +34,7 @@ from tests.walker_calls import MAKERS, draw
 from tests.walker_guests import DEEDS, RARE_DEEDS, touch
 
 #: Runs and steps that are promised, and runs that are made: hypothesis ends some of them early.
-RUNS, STEPS, RUNS_MADE = 200, 50, 320
+RUNS, STEPS, RUNS_MADE = 200, 50, 360
 SEEDS = st.integers(0, 1 << 16)
 ANY_LEAF = st.sampled_from(sorted(MAKERS))
 LEAST_SHARE_OF_SUCCESS = 0.30
