@@ -15,6 +15,11 @@ KERNEL_READY = """() => {
     const light = document.querySelector('.jp-Notebook-ExecutionIndicator');
     return !name.includes('No Kernel') && light?.dataset.status === 'idle';
 }"""
+#: Saved execution counts must not be taken for those of the run to come.
+FORGET_COUNTS = """() => {
+    for (const prompt of document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt'))
+        prompt.textContent = '';
+}"""
 ALL_COUNTED = """() => {
     const counts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')]
         .map(prompt => prompt.textContent.trim());
@@ -45,6 +50,7 @@ class LabPage:
 
     def run_all(self) -> None:
         """Restart the kernel, run every cell, and wait until each has its execution count."""
+        self.page.evaluate(FORGET_COUNTS)
         self.page.click(RUN_ALL)
         self.page.click(".jp-Dialog .jp-mod-accept")
         self.page.wait_for_function(ALL_COUNTED)

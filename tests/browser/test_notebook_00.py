@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from tests.browser.lab_page import LabPage
 from tests.browser.panel_page import PanelPage
 
 NOTEBOOK = "00-a-tds-life.ipynb"
-SHOTS = Path("/tmp/shots")
+SHOTS = Path(tempfile.gettempdir()) / "shots"
+OTHER_IMAGE = "old => document.querySelector('.tdxlab-panel .tdxlab-figure').src !== old"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_buttons_and_keys_lead_to_the_states_that_python_counts(
     shown.type_position(45, then=f"Step 45 of {end}")
     story.scrub.value = 45
     assert shown.agrees_with(story)
-    assert shown.image() != picture
+    shown.page.wait_for_function(OTHER_IMAGE, arg=picture)
 
     shown.press("tdxlab-play", "Enter", then=f"Step 48 of {end}")
     shown.press("tdxlab-play", "Enter", then="Step ")
@@ -92,9 +94,10 @@ def test_panel_fits_the_notebook_without_sideways_scrolling(
     shown: PanelPage, width: int, height: int
 ) -> None:
     shown.page.set_viewport_size({"width": width, "height": height})
-    shown.click("tdxlab-reset", then="Step 0 of")
+    picture = shown.image()
     shown.type_position(45, then="Step 45 of")
-    shown.root.scroll_into_view_if_needed()
+    shown.page.wait_for_function(OTHER_IMAGE, arg=picture)
+    shown.part("tdxlab-figure").scroll_into_view_if_needed()
     SHOTS.mkdir(exist_ok=True)
     shown.page.screenshot(path=SHOTS / f"00-{width}x{height}.png")
     area = "element => { const area = element.closest('.jp-OutputArea-output');"
