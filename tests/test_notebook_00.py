@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_output
+from nbformat.v4 import new_code_cell
 
 from tests.test_house_notebooks import code_cells
 from tools.execute_notebooks import read, set_gpaw
@@ -47,26 +47,13 @@ DAMAGES = {
         "svg.map_place = lambda index: old(511 - index)",
         "build",
     ),
-    "a check that accepts everything": (
-        "from tdxlab.study import exercises\nexercises.is_right = lambda made, answer: True",
-        "answer-wrong",
-    ),
 }
 
 
-ADVICE = (
-    "00.3: not yet. That would be one call for a page. See how far one call of TDH.MR.EXTEND goes: "
-    "its RCX moves by 0x100 from call to call."
-)
-
-
 def damaged(source: str) -> NotebookNode:
-    """The notebook with a cell at its top that does the damage, and one wrong answer at its end."""
+    """The notebook with a cell at its top that does the damage."""
     book = read(PATH)
-    damage = new_code_cell(source, id="damage", execution_count=1)
-    wrong = new_code_cell('check("00.3", 4)', id="answer-wrong", execution_count=1)
-    wrong.outputs = [new_output("execute_result", {"text/plain": ADVICE}, execution_count=1)]
-    book.cells = [damage, *book.cells, wrong]
+    book.cells = [new_code_cell(source, id="damage", execution_count=1), *book.cells]
     return book
 
 

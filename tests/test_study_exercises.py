@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tdxlab.study import check, exercise, gpaw
+from tdxlab.study import check, exercise, exercises, gpaw
 from tdxlab.study.exercises import Exercise, Variant, is_right, table, variant
 
 NOTEBOOK = "00"
@@ -34,6 +34,12 @@ def test_check_accepts_the_right_answer_and_advises_on_wrong_ones(number: str, w
         assert len(verdict.text) > len(f"{number}: not yet. ") + 20
         if not isinstance(made.answer, int) or made.answer > 20:
             assert f" {made.answer}" not in verdict.text
+
+
+def test_a_check_that_accepts_everything_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exercises, "is_right", lambda made, answer: True)
+    with pytest.raises(AssertionError, match="right"):
+        test_check_accepts_the_right_answer_and_advises_on_wrong_ones("00.1", 48)
 
 
 @pytest.mark.parametrize("number", NUMBERS)

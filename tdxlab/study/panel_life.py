@@ -180,9 +180,10 @@ class LifePanel(Panel):
         if not found:
             return f"no TD exists; {calls} SEAMCALLs so far."
         td = found[0]
+        state = td.lifecycle if td.op_state == "-" else f"{td.lifecycle}, {td.op_state}"
         return (
-            f"the TD is {td.lifecycle}, op-state {td.op_state}, with {td.vcpus} vCPU and "
-            f"{td.pages} pages besides its TDR; {calls} SEAMCALLs so far."
+            f"the TD is {state}, with {td.vcpus} vCPU and {td.pages} pages besides its TDR; "
+            f"{calls} SEAMCALLs so far."
         )
 
     def numbers(self) -> dict[str, int]:
@@ -237,7 +238,8 @@ def register_table(action: Action | None) -> str:
         for name, value, meaning in rows
     )
     style = f"font-size:12px;line-height:1.3;max-width:{svg.TREE_WIDTH}px"
-    return f'<div><strong>The registers of this call</strong></div><table style="{style}">{cells}</table>'
+    heading = "<div><strong>The registers of this call</strong></div>"
+    return f'{heading}<table style="{style}">{cells}</table>'
 
 
 class Reader(NamedTuple):
