@@ -197,8 +197,8 @@ def _label(ax: Axes, *, title: str, x: str, y: str = "") -> None:
     ax.set_title(title, fontsize=FONT + 1, loc="left")
     ax.set_xlabel(x, fontsize=FONT)
     ax.set_ylabel(y, fontsize=FONT)
-    ax.tick_params(labelsize=FONT, length=2)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.tick_params(labelsize=FONT, length=2, left=bool(y))
+    ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     ax.spines[["top", "right"]].set_visible(False)
 
 
