@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from tdxlab import resources
@@ -17,6 +18,17 @@ from tdxlab.abi.leaves import GUEST_LEAVES, HOST_LEAVES, Leaf
 
 MIN_PYTHON = (3, 11)
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+#: Columns that a line of text fills at most.
+WIDTH = 100
+#: What the model leaves out, leaves of the module apart.
+LEFT_OUT = (
+    "KVM's MMU: so far only the hooks through which it drives an external EPT.",
+    "Time: calls and steps are counted, nothing says how long they take.",
+    "Caches: a write reaches memory at once, a write-back only counts.",
+    "Secrecy: encryption shows what a wrong key gives, and keeps no secret.",
+)
+
+_FOR_TESTS = re.compile(r"extra == ['\"]test['\"]")
 
 
 class Finding(NamedTuple):
@@ -33,17 +45,18 @@ class Finding(NamedTuple):
 
 
 def run(out: TextIO) -> int:
-    """Print every finding and the leaves that are not modelled.
+    """Print every finding, what it comes to, and what is not modelled.
 
     Returns 1 if something required is missing, else 0.
     """
     findings = list(examine())
     for finding in findings:
         _print_finding(finding, out)
-    print("\nKnown by name, not modelled (they answer TDX_OPERAND_INVALID on RAX):", file=out)
-    for title, leaves in (("host", HOST_LEAVES), ("guest", GUEST_LEAVES)):
-        print(f"  {title}: {', '.join(not_modelled(leaves)) or 'none'}", file=out)
-    return int(any(finding.remedy and finding.required for finding in findings))
+    missing = sum(bool(finding.remedy) and finding.required for finding in findings)
+    print(f"\n{_verdict(missing)}\n\nNot modelled:", file=out)
+    for text in (*LEFT_OUT, *_leaves_left_out()):
+        print(textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="    "), file=out)
+    return int(missing > 0)
 
 
 def examine() -> Iterator[Finding]:
@@ -78,28 +91,66 @@ def _python() -> Finding:
 
 
 def _packages() -> Iterator[Finding]:
-    """tdxlab itself and every package it needs to run, as its metadata names them."""
+    """tdxlab itself and every package it needs to run or to be tested, as its metadata says."""
     try:
         requirements = metadata.requires("tdxlab") or []
     except metadata.PackageNotFoundError:
-        yield Finding("tdxlab", "not installed", "pip install -e . in the checkout")
+        yield Finding("tdxlab", "not installed", f"{_pip('-e .')} in the checkout")
         return
     yield _package("tdxlab")
     for requirement in requirements:
         if "extra ==" not in requirement:
-            yield _package(re.split(r"[^\w.-]", requirement, maxsplit=1)[0])
+            yield _package(requirement)
+    yield _test_packages([text for text in requirements if _FOR_TESTS.search(text)])
 
 
-def _package(name: str) -> Finding:
+def _package(requirement: str) -> Finding:
+    """One package; requirement: its name, with the oldest version that will do: `numpy>=2.0`."""
+    name, oldest = _split(requirement)
     try:
-        return Finding(name, metadata.version(name))
+        found = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Finding(name, "missing", f"pip install {name}")
+        return Finding(name, "missing", _pip(_quoted(requirement)))
+    if _release(found) < _release(oldest):
+        return Finding(name, f"{found} is too old", _pip(_quoted(requirement)))
+    return Finding(name, found)
+
+
+def _test_packages(requirements: list[str]) -> Finding:
+    """The packages without which notebooks cannot be compared, nor tests be run."""
+    lacking = [text for text in requirements if _package(text).remedy]
+    if not lacking:
+        return Finding("packages for tests", "all there", required=False)
+    names = ", ".join(_split(text)[0] for text in lacking)
+    remedy = f"only tests and nbval need them: {_pip(*map(_quoted, lacking))}"
+    return Finding("packages for tests", f"missing or too old: {names}", remedy, required=False)
+
+
+def _split(requirement: str) -> tuple[str, str]:
+    """The name in `requirement` and the oldest version that will do, "0" if any will."""
+    name, _, oldest = requirement.partition(";")[0].strip().partition(">=")
+    return name.strip(), oldest.strip() or "0"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers that `version` begins with: (8, 1) of "8.1rc2"."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, found.group().split("."))) if found else (0,)
+
+
+def _quoted(requirement: str) -> str:
+    """`requirement` as a shell takes it."""
+    return shlex.quote(requirement.partition(";")[0].strip())
+
+
+def _pip(*arguments: str) -> str:
+    """The command that installs into the environment that is being examined."""
+    return shlex.join([sys.executable, "-m", "pip", "install"]) + " " + " ".join(arguments)
 
 
 def _folders() -> Finding:
     try:
-        places: list[Path] = [resources.notebooks(), resources.traces()]
+        places = [resources.notebooks(), resources.traces()]
     except FileNotFoundError as error:
         return Finding("notebooks and data", "missing", str(error))
     return Finding("notebooks and data", ", ".join(map(str, places)))
@@ -109,6 +160,20 @@ def _browser() -> Finding:
     found = find_chromium()
     remedy = "" if found else "only browser tests need one: apt-get install chromium"
     return Finding("Chromium", found or "not found", remedy, required=False)
+
+
+def _verdict(missing: int) -> str:
+    """What the findings come to."""
+    if not missing:
+        return "All that tdxlab needs is here."
+    return f"{missing} of the things that tdxlab needs must be mended: see the arrows."
+
+
+def _leaves_left_out() -> Iterator[str]:
+    """A line for each kind of call; the leaves of it that the module has and the model has not."""
+    for title, leaves in (("SEAMCALL", HOST_LEAVES), ("TDCALL", GUEST_LEAVES)):
+        names = ", ".join(not_modelled(leaves)) or "none"
+        yield f"{title} leaves, known by name; they answer TDX_OPERAND_INVALID on RAX: {names}."
 
 
 def _print_finding(finding: Finding, out: TextIO) -> None:

@@ -1,16 +1,15 @@
-"""The command `tdxlab`: its help, its complaints, its port, its browser, its doctor."""
+"""The command `tdxlab`: its help, its complaints, its port, its browser."""
 
 import os
 import socket
 import subprocess
 import sys
-from io import StringIO
 from pathlib import Path
 
 import pytest
 
 import tdxlab
-from tdxlab import doctor, lab, resources
+from tdxlab import lab
 from tdxlab.cli import main
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -139,43 +138,3 @@ def test_command_allows_root_only_to_root(
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: user)
     assert ("--allow-root" in lab.command(tmp_path, 8888)) is allowed
-
-
-def test_doctor_lists_packages_and_leaves_that_are_not_modelled() -> None:
-    out = StringIO()
-    assert doctor.run(out) == 0
-    text = out.getvalue()
-    assert all(name in text for name in ("jupyterlab", "numpy", "matplotlib", "ipywidgets"))
-    assert "TDH.EXPORT.MEM" in text
-    assert "TDH.MEM.PAGE.AUG" not in text
-
-
-def test_doctor_says_how_to_mend_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.metadata.requires", lambda _name: ["nosuchpackage>=1.0"])
-    out = StringIO()
-    assert doctor.run(out) == 1
-    assert "pip install nosuchpackage\n" in out.getvalue()
-
-
-def test_doctor_says_how_to_mend_missing_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "_PACKAGE", Path("/nonexistent/tdxlab"))
-    out = StringIO()
-    assert doctor.run(out) == 1
-    assert "install the package again" in out.getvalue()
-
-
-def test_doctor_can_do_without_a_browser(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("TDXLAB_CHROMIUM", raising=False)
-    out = StringIO()
-    assert doctor.run(out) == 0
-    assert "apt-get install chromium" in out.getvalue()
-
-
-def test_find_chromium_prefers_the_one_that_is_named(tmp_path: Path) -> None:
-    for name in ("chromium", "mine"):
-        (tmp_path / name).touch(mode=0o755)
-    named = str(tmp_path / "mine")
-    assert doctor.find_chromium({"PATH": str(tmp_path)}) == str(tmp_path / "chromium")
-    assert doctor.find_chromium({"PATH": str(tmp_path), "TDXLAB_CHROMIUM": named}) == named
-    assert doctor.find_chromium({"PATH": ""}) is None
