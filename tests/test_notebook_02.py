@@ -101,6 +101,14 @@ def test_choosing_changes_nothing_but_the_controls(panel: ConsolePanel) -> None:
     assert panel.leaf.value == "TDH.MNG.CREATE"
 
 
+def test_a_leaf_can_be_typed(panel: ConsolePanel) -> None:
+    panel.name.value = "mem.page.add"
+    assert (panel.leaf.value, panel.name.value) == ("TDH.MEM.PAGE.ADD", "TDH.MEM.PAGE.ADD")
+    panel.name.value = "TDH.PIGEON"
+    assert "no modelled leaf is called 'TDH.PIGEON'" in panel.error
+    assert panel.leaf.value == "TDH.MEM.PAGE.ADD"
+
+
 def test_registers_that_a_leaf_does_not_read_are_hidden(panel: ConsolePanel) -> None:
     for name, leaf in MODELLED.items():
         panel.leaf.value = name

@@ -41,10 +41,15 @@ CODE = b"the guest's first instructions"
 
 
 def find_leaf(name: str) -> Leaf:
-    """The modelled SEAMCALL leaf of a name. Refuses others: ValueError with the nearest ones."""
-    if name in MODELLED:
-        return MODELLED[name]
-    near = difflib.get_close_matches(name.upper(), MODELLED, n=3, cutoff=0.4)
+    """The modelled SEAMCALL leaf of a name, in capitals or not, with or without "TDH.".
+
+    Refuses others: ValueError with the nearest ones.
+    """
+    wanted = name.strip().upper()
+    for known in (wanted, f"TDH.{wanted}"):
+        if known in MODELLED:
+            return MODELLED[known]
+    near = difflib.get_close_matches(wanted, MODELLED, n=3, cutoff=0.4)
     raise ValueError(f"no modelled leaf is called {name!r}; near it: {', '.join(near) or 'none'}")
 
 

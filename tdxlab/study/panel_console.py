@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 import ipywidgets
 from matplotlib.figure import Figure
@@ -32,8 +31,9 @@ class ConsolePanel(Panel):
     """A desk with controls: every SEAMCALL of the model, on any LP, with any registers.
 
     gpaw: 48 or 52. packages: 1..8, with two LPs each. stages: what the guide has done already.
-    leaf, lp, version: what to call, where. rows: register -> its row. call, interrupt,
-    suggest_build, suggest_tear_down: buttons; the last two only fill in.
+    leaf, name: what to call, chosen or typed (JupyterLab takes the arrow keys from a list, so the
+    keyboard needs the second). lp, version: where, and which version. rows: register -> its row.
+    call, interrupt, suggest_build, suggest_tear_down: buttons; the last two only fill in.
     """
 
     title = "SEAMCALL console"
@@ -55,8 +55,11 @@ class ConsolePanel(Panel):
         )
         self.leaf.add_class("tdxlab-leaf")
         self.leaf.observe(lambda _: self._take_leaf(), names="value")
-        self.lp = _choice("LP", "tdxlab-lp", [(_lp_text(self.desk, lp), lp) for lp in self._lps()])
-        self.version = _choice("version", "tdxlab-version", [("0", 0)])
+        self.name = ipywidgets.Text(continuous_update=False, layout={"width": "210px"})
+        self.name.add_class("tdxlab-leaf-name")
+        self.name.observe(lambda _: self._take_name(), names="value")
+        self.lp = _number("LP", "tdxlab-lp", max(self._lps()))
+        self.version = _number("version", "tdxlab-version", 0)
         self.call = self.button("Call", "tdxlab-call", self._call, icon="bolt")
         self.interrupt = self.button(
             "Interrupt LP",
@@ -78,7 +81,7 @@ class ConsolePanel(Panel):
         )
         self._about = ipywidgets.HTML()
         self._about.add_class("tdxlab-about")
-        first = ipywidgets.HBox([self.leaf, self.lp, self.version])
+        first = ipywidgets.HBox([self.leaf, self.name, self.lp, self.version])
         buttons = [self.call, self.interrupt, self.suggest_build, self.suggest_tear_down]
         return [
             ipywidgets.VBox(
@@ -117,11 +120,17 @@ class ConsolePanel(Panel):
     def _lps(self) -> list[int]:
         return list(self.desk.machine.cpu.lps)
 
+    def _take_name(self) -> None:
+        """Choose the leaf whose name was typed; what is no name is told in the panel."""
+        if self.name.value != self.leaf.value:
+            self.act(lambda: setattr(self.leaf, "value", find_leaf(self.name.value).name))
+
     def _take_leaf(self) -> None:
         """Show what the chosen leaf reads, and fill in the usual things."""
         leaf = MODELLED[self.leaf.value]
         self._about.value = f"<b>{escape(leaf.name)}</b> (leaf {leaf.number}): {leaf.summary}"
-        self.version.options = [(str(version), version) for version in leaf.versions]
+        self.name.value = leaf.name
+        self.version.max = max(leaf.versions)
         for register, row in self.rows.items():
             row.show(leaf.inputs.get(register))
             row.fill(0)
@@ -200,16 +209,12 @@ _NOTHING_NEXT = {
 }
 
 
-def _lp_text(desk: Desk, lp: int) -> str:
-    return f"{lp} (package {desk.machine.cpu.package_of[lp]})"
-
-
-def _choice(label: str, css_class: str, options: list[tuple[str, Any]]) -> ipywidgets.Dropdown:
-    made = ipywidgets.Dropdown(
+def _number(label: str, css_class: str, greatest: int) -> ipywidgets.BoundedIntText:
+    made = ipywidgets.BoundedIntText(
         description=label,
-        options=options,
-        layout={"width": "190px"},
-        style={"description_width": "60px"},
+        max=greatest,
+        layout={"width": "120px"},
+        style={"description_width": "56px"},
     )
     made.add_class(css_class)
     return made
