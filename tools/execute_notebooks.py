@@ -16,6 +16,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 CELL_SECONDS = 60
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def notebooks_in(folder: Path) -> list[Path]:
@@ -45,11 +46,19 @@ def execute(book: NotebookNode, folder: Path) -> NotebookNode:
         coalesce_streams=True,
     )
     client.execute()
+    drop_widget_views(book)
     book.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
     return book
+
+
+def drop_widget_views(book: NotebookNode) -> None:
+    """Leave panels their picture and their text: the widget behind them is gone with its kernel."""
+    for cell in book.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET_VIEW, None)
 
 
 def parameters_cell(book: NotebookNode) -> NotebookNode:
