@@ -30,6 +30,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 from tdxlab.arch import (
+    HPA_MASK,
     LINE_SHIFT,
     LINES_PER_PAGE,
     MAX_PA_BITS,
@@ -99,6 +100,8 @@ class Memory:
         self.ram = tuple(ram)
         self.keyid_shift = MAX_PA_BITS - keyid_bits
         self.pa_mask = (1 << self.keyid_shift) - 1
+        #: address bits of a page, without KeyID
+        self.page_mask = self.pa_mask & HPA_MASK
         self.keyid_mask = (PA_LIMIT - 1) & ~self.pa_mask
         self.first_private = first_private
         self.encrypted = encrypted

@@ -157,11 +157,6 @@ def page_info(operand: int, lowest: int, highest: int) -> tuple[int, int]:
     return gpa, sept_level
 
 
-def walk_length(call: Call, td: Td) -> int:
-    """sept_level of the TD's root table: 3 or 4."""
-    return call.module.memory.words.view[td.tdcs + Tdcs.EPTP] >> 3 & 7
-
-
 def is_private_gpa(gpa: int, gpaw_flag: int) -> bool:
     """True for a legal private GPA: SHARED bit 0 and no bit above the guest's address width.
 
@@ -293,11 +288,17 @@ def begin_entry(
     (SEPT_TREE); EPT_WALK_FAILED (RCX, details); the entry's lock (RCX, details).
     Source: helpers.c, lock_sept_check_and_walk_internal.
     """
-    top = walk_length(call, td) if highest is None else highest
-    gpa, sept_level = page_info(operand, lowest, top)
-    require_private_gpa(call, td, gpa)
+    memory = call.module.memory
+    view = memory.words.view
+    eptp = view[td.tdcs + Tdcs.EPTP]
+    gpa, sept_level = page_info(operand, lowest, eptp >> 3 & 7 if highest is None else highest)
+    if not is_private_gpa(gpa, view[td.tdcs + Tdcs.GPAW]):
+        raise Refused(INVALID_RCX)
     lock_sept_tree(call, td, exclusive=exclusive)
-    return gpa, lock_septe(call, walk_sept(call, td, gpa, sept_level))
+    place = sept.walk(memory, eptp, gpa, sept_level)
+    if place.sept_level != sept_level:
+        refuse_entry(TDX_EPT_WALK_FAILED + OPERAND_ID_RCX, place)
+    return gpa, lock_septe(call, place)
 
 
 def begin_mem(

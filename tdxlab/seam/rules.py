@@ -95,6 +95,8 @@ SEPT_STATES: tuple[SeptState, ...] = (
     ),
 )
 SEPT_STATE_BY_BITS: dict[int, SeptState] = {state.bits: state for state in SEPT_STATES}
+#: Bits of the states in which all access is blocked.
+SEPT_BLOCKED = frozenset(state.bits for state in SEPT_STATES if state.blocked)
 SEPT_STATE_BY_NAME: dict[str, SeptState] = {state.name: state for state in SEPT_STATES}
 
 _ALL_SEPT = frozenset(SEPT_STATE_BY_BITS)

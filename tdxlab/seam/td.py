@@ -12,7 +12,7 @@ bit-packed fields have a word each.
 
 from __future__ import annotations
 
-from tdxlab.arch import HPA_MASK, PAGE_SHIFT
+from tdxlab.arch import PAGE_SHIFT
 from tdxlab.memory import Memory
 
 MAX_TDCX = 9
@@ -153,5 +153,5 @@ class Td:
     def map_tdcs(self, memory: Memory) -> None:
         """Find the first TDCS page; the TD must have it."""
         pa = memory.words.view[self.page + Tdr.TDCX_PA]
-        self.tdcs_hpa = pa & memory.pa_mask & HPA_MASK
-        self.tdcs = memory.frame(self.tdcs_hpa)
+        self.tdcs_hpa = pa & memory.page_mask
+        self.tdcs = memory.frames[self.tdcs_hpa >> PAGE_SHIFT]

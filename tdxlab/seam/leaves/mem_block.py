@@ -24,7 +24,7 @@ from tdxlab.seam.checks import (
     tracking_applies,
 )
 from tdxlab.seam.locks import release_exclusive, try_exclusive
-from tdxlab.seam.rules import SEPT_RESULT, SEPT_STATE_BY_BITS, SEPT_STATE_MASK
+from tdxlab.seam.rules import SEPT_BLOCKED, SEPT_RESULT, SEPT_STATE_MASK
 from tdxlab.seam.td import Tdcs
 from tdxlab.steps import Operation
 
@@ -40,7 +40,7 @@ def tdh_mem_range_block(call: Call) -> Operation:
     """
     module, tdr = call.module, call.registers.rdx
     td, gpa, place = begin_mem(call, 0, None, exclusive=True)
-    if SEPT_STATE_BY_BITS[place.septe & SEPT_STATE_MASK].blocked:
+    if place.septe & SEPT_STATE_MASK in SEPT_BLOCKED:
         refuse_entry(TDX_GPA_RANGE_ALREADY_BLOCKED + OPERAND_ID_RCX, place)
     bits = require_sept_state(call, place)
     yield ("TDH.MEM.RANGE.BLOCK", tdr, gpa, place.sept_level)
