@@ -18,7 +18,7 @@ _KINDS = {
     "left": (GREY, "◀"),
 }
 _CELL = "padding:1px 8px 1px 0;text-align:left;vertical-align:top"
-_BAR = "width:404px;padding-left:8px;border-left:6px solid"
+_BAR = "width:404px;line-height:1.5;padding-left:8px;border-left:6px solid"
 _SHOWN = 9
 
 
@@ -29,11 +29,12 @@ def answer_view(reply: Reply | None) -> str:
     colour, mark = _KINDS[reply.answer.kind]
     status = reply.action.status
     raw = "" if status is None or status < 0 else f"<br><code>RAX {status:#018x}</code>"
+    meaning = reply.answer.text.partition(": ")[2]
     blamed = f" blames <b>{reply.answer.operand}</b>" if reply.answer.operand else ""
     return (
         f'<div class="tdxlab-status" style="{_BAR} {colour}">'
         f"{mark} {reply.answer.kind}: <b>{escape(reply.answer.name)}</b>{blamed}{raw}<br>"
-        f"<small>{escape(reply.answer.text)}</small></div>{_registers(reply)}"
+        f"<small>{escape(meaning or reply.answer.text)}</small></div>{_registers(reply)}"
     )
 
 

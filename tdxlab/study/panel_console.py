@@ -128,7 +128,6 @@ class ConsolePanel(Panel):
     def _take_leaf(self) -> None:
         """Show what the chosen leaf reads, and fill in the usual things."""
         leaf = MODELLED[self.leaf.value]
-        self._about.value = f"<b>{escape(leaf.name)}</b> (leaf {leaf.number}): {leaf.summary}"
         self.name.value = leaf.name
         self.version.max = max(leaf.versions)
         for register, row in self.rows.items():
@@ -136,6 +135,7 @@ class ConsolePanel(Panel):
             row.fill(0)
             if register in leaf.inputs:
                 row.choose(usual_thing(leaf, register))
+        self._about.value = f"<b>{escape(leaf.name)}</b> (leaf {leaf.number}): {leaf.summary}"
 
     def _call(self) -> None:
         leaf = MODELLED[self.leaf.value]
