@@ -266,18 +266,15 @@ class BuiltTd:
 
     # -- looking
 
-    def _td(self) -> Td:
-        td = Td(self.bench.machine.memory, self.tdr)
-        td.map_tdcs(self.bench.machine.memory)
-        return td
-
     def tdr_word(self, word: int) -> int:
         """Index of a word of the TDR (Tdr.*)."""
-        return self._td().page + word
+        return Td(self.bench.machine.memory, self.tdr).page + word
 
     def tdcs_word(self, word: int) -> int:
         """Index of a word of the TDCS (Tdcs.*)."""
-        return self._td().tdcs + word
+        td = Td(self.bench.machine.memory, self.tdr)
+        td.map_tdcs(self.bench.machine.memory)
+        return td.tdcs + word
 
     def vcpu_word(self, word: int, vcpu: int = 0) -> int:
         """Index of a word of a TDVPR (Tdvps.*)."""
