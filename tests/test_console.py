@@ -303,5 +303,5 @@ def test_pages_chart_stacks_the_numbers_of_the_table() -> None:
     rows = pages_over_calls(desk_before("enter", 48).tape)
     ax = pages_chart(rows, Figure().subplots())
     tops = [patch.get_paths()[0].vertices[:, 1].max() for patch in ax.collections]
-    assert tops == [1, 2, 13, 14, 17]
+    assert tops == [1, 12, 13, 16, 17]
     assert ax.get_ylabel() == "4 KiB pages"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from tdxlab import views
 from tdxlab.machine import Machine
@@ -154,7 +155,8 @@ def pages_chart(rows: Sequence[PagesAt], ax: Axes) -> Axes:
     ax.clear()
     calls = [row.call for row in rows]
     floor = [0] * len(rows)
-    for kind in USED_PAGE_TYPES:
+    memory, *control = USED_PAGE_TYPES
+    for kind in (*control, memory):
         look = PAGE_TYPE_LOOKS[kind]
         top = [low + getattr(row, kind) for low, row in zip(floor, rows, strict=True)]
         ax.fill_between(
@@ -174,6 +176,8 @@ def pages_chart(rows: Sequence[PagesAt], ax: Axes) -> Axes:
     ax.set_title("PAMT: pages that the module holds, by type", fontsize=_FONT + 1, loc="left")
     ax.tick_params(labelsize=_FONT, length=2)
     ax.spines[["top", "right"]].set_visible(False)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True))
     ax.legend(fontsize=_FONT - 1, loc="upper left", frameon=False)
     ax.set_xlim(0, max(calls[-1], 1))
     ax.set_ylim(0, max([*floor, 1]) * 1.1)
