@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 from playwright.sync_api import Locator, Page
 
 from tdxlab.study.panels import Panel
+
+#: Where screenshots go, to be looked at.
+SHOTS = Path(os.environ.get("TDXLAB_SHOTS", Path(tempfile.gettempdir()) / "tdxlab-shots"))
 
 SAYS = "([panel, text]) => document.querySelector(panel).textContent.includes(text)"
 

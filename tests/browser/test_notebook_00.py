@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tdxlab.study.panel_life import LifePanel
 from tests.browser.lab_page import LabPage
-from tests.browser.panel_page import PanelPage
+from tests.browser.panel_page import SHOTS, PanelPage
 
 NOTEBOOK = "00-a-tds-life.ipynb"
-SHOTS = Path(tempfile.gettempdir()) / "shots"
 OTHER_IMAGE = "old => document.querySelector('.tdxlab-panel .tdxlab-figure').src !== old"
 
 

@@ -5,16 +5,14 @@ Python's numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tdxlab.study.panel_console import ConsolePanel
 from tests.browser.lab_page import IDLE, LabPage
-from tests.browser.panel_page import SAYS, PanelPage
+from tests.browser.panel_page import SAYS, SHOTS, PanelPage
 
 NOTEBOOK = "02-inside-the-tdx-module.ipynb"
-SHOTS = Path("/tmp/shots")
 
 
 @pytest.fixture

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tdxlab.study.panel_sept import SeptWalker
 from tests.browser.lab_page import LabPage
-from tests.browser.panel_page import PanelPage
+from tests.browser.panel_page import SHOTS, PanelPage
 
 NOTEBOOK = "03-secure-ept.ipynb"
-SHOTS = Path("/tmp/shots")
 
 
 @pytest.fixture

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tdxlab.study.launch_changes import CHANGES
 from tdxlab.study.panel_measure import MeasurePanel
 from tests.browser.lab_page import IDLE, LabPage
-from tests.browser.panel_page import SAYS, PanelPage
+from tests.browser.panel_page import SAYS, SHOTS, PanelPage
 
 NOTEBOOK = "11-measured-launch.ipynb"
-SHOTS = Path("/tmp/shots")
 DIGESTS = (
     "module, hashed so far",
     "hashlib, same records",
