@@ -16,16 +16,13 @@ Differs:
 
 from __future__ import annotations
 
-from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import (
-    OPERAND_ID_R8,
     TDX_METADATA_FIELD_VALUE_NOT_VALID,
     TDX_SUCCESS,
     TDX_TD_VMCS_FIELD_NOT_INITIALIZED,
 )
 from tdxlab.arch import HPA_MASK, LINE_SHIFT, PAGE_SIZE
 from tdxlab.bits import MASK64, Bits, Word
-from tdxlab.seam.call import Call, Refused
 from tdxlab.seam.fields import (
     HOST_AND_GUEST,
     ONLY_DEBUG_HOST,
@@ -42,14 +39,13 @@ from tdxlab.seam.fields import (
     in_tdvps,
 )
 from tdxlab.seam.fields_td import TD_FIELDS
-from tdxlab.seam.page_checks import require_shared_hpa
-from tdxlab.seam.td import GPR_NAMES, MAX_TDVPS_PAGES, Tdcs, Tdr, Tdvps
+from tdxlab.seam.page_checks import is_shared_hpa
+from tdxlab.seam.td import GPR_NAMES, MAX_TDVPS_PAGES, NO_POSTED_VECTOR, Tdcs, Tdr, Tdvps
 
 #: VMCS encodings that a refusal names.
 VMCS_POSTED_VECTOR = 0x0002
 VMCS_POSTED_DESCRIPTOR = 0x2016
 
-NO_POSTED_VECTOR = 0xFFFF
 _HIGHEST_VECTOR = 255
 _DESCRIPTOR_SIZE = 1 << LINE_SHIFT
 _DESCRIPTOR_ADDRESS = MASK64 & ~(_DESCRIPTOR_SIZE - 1)
@@ -88,11 +84,8 @@ def _admit_posted_vector(_target: Target, change: Change) -> int:
 
 def _admit_shared_hpa(target: Target, pa: int, alignment: int) -> int:
     """An address that the host may give: aligned, no private KeyID, outside the module."""
-    try:
-        require_shared_hpa(Call(target.module, 0, 0, 0, Registers()), pa, alignment, OPERAND_ID_R8)
-    except Refused:
-        return TDX_METADATA_FIELD_VALUE_NOT_VALID
-    return TDX_SUCCESS
+    is_legal = is_shared_hpa(target.module, pa, alignment)
+    return TDX_SUCCESS if is_legal else TDX_METADATA_FIELD_VALUE_NOT_VALID
 
 
 def _admit_posted_descriptor(target: Target, change: Change) -> int:

@@ -9,6 +9,8 @@ Source: TDX module 1.5.01, pamt_manager.c (pamt_walk), helpers.c
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tdxlab.abi.status import (
     OPERAND_ID_RCX,
     TDX_OPERAND_ADDR_RANGE_ERROR,
@@ -33,6 +35,9 @@ from tdxlab.seam.rules import (
     PT_NDA,
     PT_REG,
 )
+
+if TYPE_CHECKING:
+    from tdxlab.seam.module import Module
 
 
 def walk_pamt(call: Call, hpa: int, operand: int, *, exclusive: bool) -> tuple[int, int]:
@@ -147,18 +152,20 @@ def lock_mapped_page(call: Call, entry: int, operand: int = OPERAND_ID_RCX) -> N
     call.locks.append((release_exclusive_hp, words, entry))
 
 
-def require_shared_hpa(call: Call, pa: int, alignment: int, operand: int) -> None:
-    """The operand names host memory: aligned, below 2**52, no private KeyID, outside the module's
-    range.
+def is_shared_hpa(module: Module, pa: int, alignment: int) -> bool:
+    """True for host memory: aligned, below 2**52, no private KeyID, outside the module's range.
 
-    Refuses: OPERAND_INVALID. Source: helpers.c, shared_hpa_check.
+    Source: helpers.c, shared_hpa_check.
     """
-    module = call.module
-    seamrr = module.platform.seamrr
-    if (
-        pa & (alignment - 1)
-        or pa >= PA_LIMIT
-        or seamrr.overlaps(pa, alignment)
-        or module.memory.split(pa)[1] >= module.platform.private_keyids[0]
-    ):
+    return (
+        not pa & (alignment - 1)
+        and pa < PA_LIMIT
+        and not module.platform.seamrr.overlaps(pa, alignment)
+        and module.memory.split(pa)[1] < module.platform.private_keyids[0]
+    )
+
+
+def require_shared_hpa(call: Call, pa: int, alignment: int, operand: int) -> None:
+    """The operand names host memory, as `is_shared_hpa`. Refuses: OPERAND_INVALID."""
+    if not is_shared_hpa(call.module, pa, alignment):
         raise Refused(TDX_OPERAND_INVALID + operand)

@@ -23,6 +23,7 @@ TDVPS_PAGES_PER_L2_VM = 3
 SEPT_ROOT_PAGE = 3
 
 NO_LP = 0xFFFF_FFFF
+NO_POSTED_VECTOR = 0xFFFF
 
 #: Filling of the TDCS pages by index; the others are zeroed.
 ALL_ONES = b"\xff" * 4096
@@ -65,8 +66,6 @@ class Tdcs:
     NOTIFY_ENABLES = 19
     HP_LOCK_TIMEOUT = 20
     VM_CTLS = 21  # 4 words
-    TSC_OFFSET = 25
-    TSC_MULTIPLIER = 26
     MSR_CONFIG_CTLS = 27
     ARCH_CAPABILITIES = 28
     MRTD = 32  # 6 words

@@ -33,6 +33,7 @@ from tdxlab.seam.td import (
     GPR_NAMES,
     MAX_TDVPS_PAGES,
     NO_LP,
+    NO_POSTED_VECTOR,
     Td,
     Tdcs,
     Tdr,
@@ -42,8 +43,6 @@ from tdxlab.steps import Operation
 
 #: Indices of vCPU pages that are filled with ones; the others are zeroed.
 _TDVPS_ALL_ONES = frozenset((7, 8, 10, 11, 13, 14))
-
-_NO_POSTED_VECTOR = 0xFFFF
 
 
 def tdh_vp_create(call: Call) -> Operation:
@@ -141,7 +140,7 @@ def _set_initial_state(call: Call, td: Td, page: int) -> None:
     }
     for name, value in initial.items():
         words.put(page + Tdvps.GPRS + GPR_NAMES.index(name), value)
-    words.put(page + Tdvps.POSTED_VECTOR, _NO_POSTED_VECTOR)
+    words.put(page + Tdvps.POSTED_VECTOR, NO_POSTED_VECTOR)
     words.put(page + Tdvps.POSTED_DESCRIPTOR, (1 << 64) - 1)
     words.put(page + Tdvps.SHARED_EPTP, words.view[page + Tdvps.PAGE_PA + 4] & HPA_MASK)
 
