@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from tdxlab.abi.leaves import HOST_LEAVES, Leaf
 from tdxlab.abi.registers import Registers
@@ -25,7 +24,7 @@ from tdxlab.comparison import (
     differ,
 )
 from tdxlab.host import TD_PARAMS_BUFFER, Host, SeamcallFailed
-from tdxlab.journal import Mark, Words
+from tdxlab.journal import Snapshots, Words
 from tdxlab.machine import Machine
 from tdxlab.recorded import (
     VALID_TD_PARAMS,
@@ -78,7 +77,6 @@ class TraceRun:
         self.compared = 0
         self.skipped: Counter[str] = Counter()
         self.mismatches: dict[int, tuple[str, list[Difference]]] = {}
-        self._marks: dict[Any, Mark] = {}
         self._lock: Callable[[], int] | None = None
         self._last = (-1, "the boot")
         self._last_tdr = 0
@@ -90,6 +88,7 @@ class TraceRun:
         place = "platform"
         try:
             self._machine = Machine(platform(trace["platform"]), encrypted=False)
+            self._snapshots = Snapshots(self._machine.journal)
             boot = trace["platform"]["boot"]
             if boot["booted"]:
                 Host(self._machine).boot(tdmr_init=boot["tdmr_init_done"])
@@ -256,13 +255,10 @@ class TraceRun:
         """A comment."""
 
     def _do_snapshot(self, step: Step) -> None:
-        old = self._marks.pop(step["id"], None)
-        self._marks[step["id"]] = self._machine.mark()
-        if old is not None:
-            self._machine.journal.forget(old)
+        self._snapshots.keep(step["id"])
 
     def _do_restore(self, step: Step) -> None:
-        self._machine.rewind(self._marks[step["id"]])
+        self._snapshots.restore(step["id"])
 
     def _do_host_write(self, step: Step) -> None:
         for pa, data in host_write(step):

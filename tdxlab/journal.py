@@ -28,6 +28,10 @@ _ZERO_CHUNK = bytes(_CHUNK)
 _MAP_NORESERVE = 0x4000
 
 
+#: (container, key or slice, value): one entry of the log, or of what plays it forwards.
+Change = tuple[Any, Any, Any]
+
+
 class Mark:
     """A point of time to which a journal can rewind."""
 
@@ -89,6 +93,27 @@ class Journal:
             self._log.clear()
             self._switch(None)
 
+    def after(self, mark: Mark) -> list[Mark]:
+        """The held marks that a rewind to `mark` would kill, oldest first."""
+        return self._marks[self._place(mark) + 1 :]
+
+    def changes_since(self, mark: Mark) -> list[Change]:
+        """What `replay` needs to come from the state at `mark` to the present one."""
+        return [(target, key, _now(target, key)) for target, key, _ in self._log[mark.position :]]
+
+    def replay(self, changes: list[Change]) -> None:
+        """Make the changes that `changes_since` gave, from the state at its mark."""
+        for target, key, value in changes:
+            old = _now(target, key)
+            if old is value is _ABSENT:
+                continue
+            if self._marks:
+                self._log.append((target, key, old))
+            if value is _ABSENT:
+                del target[key]
+            else:
+                target[key] = value
+
     def forget(self, mark: Mark) -> None:
         """As `release`, for a mark that may have died in a rewind already."""
         if any(held is mark for held in self._marks):
@@ -117,6 +142,50 @@ class Journal:
     def _switch(self, log: list[tuple[Any, Any, Any]] | None) -> None:
         for store in self._stores:
             store.switch(log)
+
+
+class Snapshots:
+    """States of a machine kept by name, to be restored in any order; marks alone go back only."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._marks: dict[Hashable, Mark] = {}
+        #: name -> (mark of an earlier state, the way from there): states that a rewind went behind
+        self._ways: dict[Hashable, tuple[Mark, list[Change]]] = {}
+
+    def keep(self, name: Hashable) -> None:
+        """Keep the present state as `name`; an older state of that name is forgotten."""
+        self._ways.pop(name, None)
+        old = self._marks.pop(name, None)
+        self._marks[name] = self._journal.mark()
+        if old is not None and any(start is old for start, _ in self._ways.values()):
+            self._marks[object()] = old
+        elif old is not None:
+            self._journal.release(old)
+
+    def restore(self, name: Hashable) -> None:
+        """Bring back the state kept as `name`. Refuses a name that was never kept: KeyError."""
+        if name not in self._ways:
+            self._go_back(self._marks[name])
+            return
+        start, way = self._ways.pop(name)
+        self._go_back(start)
+        self._journal.replay(way)
+        self._marks[name] = self._journal.mark()
+
+    def _go_back(self, mark: Mark) -> None:
+        """Rewind; of each state that this goes behind, latest first, keep the way back to it."""
+        names = {id(held): name for name, held in self._marks.items()}
+        for later in reversed(self._journal.after(mark)):
+            self._journal.rewind(later)
+            way = self._journal.changes_since(mark)
+            for other, (start, rest) in self._ways.items():
+                if start is later:
+                    self._ways[other] = (mark, way + rest)
+            name = names[id(later)]
+            del self._marks[name]
+            self._ways[name] = (mark, way)
+        self._journal.rewind(mark)
 
 
 class _Recorder:
@@ -239,6 +308,13 @@ class Table(dict[Any, Any]):
         """Everything a digest must see; order of insertion does not count."""
         for line in sorted(f"{key!r}={_text(value)}" for key, value in self.items()):
             yield line.encode()
+
+
+def _now(target: Any, key: Any) -> Any:
+    """What a container holds at `key` at present, as a value of its own."""
+    if isinstance(target, dict):
+        return target.get(key, _ABSENT)
+    return bytes(target[key]) if isinstance(key, slice) else target[key]
 
 
 def _text(value: Any) -> str:

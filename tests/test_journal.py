@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tdxlab.journal import Journal, Mark, Table, Words
+from tdxlab.journal import Journal, Mark, Snapshots, Table, Words
 
 
 class Stores:
@@ -72,6 +72,28 @@ def test_rewind_kills_later_marks_and_no_earlier_one(stores: Stores) -> None:
     with pytest.raises(ValueError, match=r"journal\.mark\(\)"):
         stores.journal.rewind(third)
     stores.journal.rewind(first)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_snapshots_are_restored_in_any_order(stores: Stores, seed: int) -> None:
+    choose = random.Random(seed)
+    snapshots = Snapshots(stores.journal)
+    digests: dict[int, str] = {}
+    for _ in range(150):
+        for _ in range(choose.randrange(4)):
+            stores.change(choose)
+        name = choose.randrange(4)
+        if choose.random() < 0.4:
+            snapshots.keep(name)
+            digests[name] = stores.journal.digest()
+        elif name in digests:
+            snapshots.restore(name)
+            assert stores.journal.digest() == digests[name]
+
+
+def test_snapshots_refuse_a_name_that_was_never_kept(stores: Stores) -> None:
+    with pytest.raises(KeyError):
+        Snapshots(stores.journal).restore("never")
 
 
 def test_release_keeps_the_changes_and_the_other_marks(stores: Stores) -> None:
