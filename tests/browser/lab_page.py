@@ -6,7 +6,7 @@ from urllib.parse import quote, urlsplit
 
 from playwright.sync_api import Page, Request
 
-MILLISECONDS = 60_000
+MILLISECONDS = 120_000
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
 RUN_ALL = ".jp-ToolbarButtonComponent[data-command='notebook:restart-run-all']"
 #: Before its session starts, a notebook says "idle" too, with "No Kernel" as the kernel's name.

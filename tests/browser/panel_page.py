@@ -15,6 +15,19 @@ SHOTS = Path(os.environ.get("TDXLAB_SHOTS", Path(tempfile.gettempdir()) / "tdxla
 
 SAYS = "([panel, text]) => document.querySelector(panel).textContent.includes(text)"
 
+AGREES = """([numbers, summary]) => {
+    const panel = document.querySelector('.tdxlab-panel');
+    const shown = [...panel.querySelectorAll('.tdxlab-numbers [data-number]')];
+    const says = panel.querySelector('.tdxlab-summary').textContent;
+    return says.includes(summary) && shown.length === Object.keys(numbers).length
+        && shown.every(one => one.textContent === String(numbers[one.dataset.number]));
+}"""
+BEYOND = """position => {
+    const says = document.querySelector('.tdxlab-panel .tdxlab-summary').textContent;
+    return Number(/Step (\\d+) of/.exec(says)?.[1] ?? -1) > position;
+}"""
+OTHER_IMAGE = "old => document.querySelector('.tdxlab-panel .tdxlab-figure').src !== old"
+
 
 class PanelPage:
     """The panel that the page shows. number: which one, if a notebook has several."""
@@ -78,5 +91,16 @@ class PanelPage:
         return str(self.part("tdxlab-figure").get_attribute("src"))
 
     def agrees_with(self, panel: Panel) -> bool:
-        """True if the page shows the numbers and the sentence of a panel in this process."""
+        """True when the page has come to show the numbers and the sentence of a panel in this
+        process; the sentence may change a moment before the numbers do.
+        """
+        self.page.wait_for_function(AGREES, arg=[panel.numbers(), panel.summary()])
         return self.numbers() == panel.numbers() and panel.summary() in self.sentence()
+
+    def wait_beyond(self, position: int) -> None:
+        """Wait until the panel stands at a later position; a busy kernel may skip some."""
+        self.page.wait_for_function(BEYOND, arg=position)
+
+    def wait_for_another_image(self, than: str) -> None:
+        """Wait until the figure is another one."""
+        self.page.wait_for_function(OTHER_IMAGE, arg=than)
