@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from tdxlab.arch import MAX_PA_BITS, PAGE_SIZE, SIZE_1G
 
-#: Extended state components of the CPU that the traces were recorded with: all that a TD may be
-#: given but user interrupts (bit 14).
+#: Extended state components of the CPU that the traces were recorded with, inferred from what they
+#: accept and refuse: all that a TD may be given but user interrupts (bit 14).
 RECORDED_XFAM = 0x69BE7
 
 
