@@ -14,6 +14,7 @@ from functools import partial
 from tdxlab.abi.leaves import HOST_LEAVES, Leaf
 from tdxlab.abi.registers import Registers
 from tdxlab.arch import HPA_MASK
+from tdxlab.bare import BareMachine
 from tdxlab.comparison import (
     Difference,
     NoAnswer,
@@ -25,7 +26,6 @@ from tdxlab.comparison import (
 )
 from tdxlab.host import TD_PARAMS_BUFFER, Host, SeamcallFailed
 from tdxlab.journal import Snapshots, Words
-from tdxlab.machine import Machine
 from tdxlab.recorded import (
     VALID_TD_PARAMS,
     Step,
@@ -87,7 +87,7 @@ class TraceRun:
         """
         place = "platform"
         try:
-            self._machine = Machine(platform(trace["platform"]), encrypted=False)
+            self._machine = BareMachine(platform(trace["platform"]), encrypted=False)
             self._snapshots = Snapshots(self._machine.journal)
             boot = trace["platform"]["boot"]
             if boot["booted"]:

@@ -15,8 +15,8 @@ from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import describe, is_error
 from tdxlab.abi.structs import make_tdmr_info
 from tdxlab.arch import PAGE_SIZE
+from tdxlab.bare import BareMachine
 from tdxlab.hardware import TdmrPlan
-from tdxlab.machine import Machine
 from tdxlab.tape import Tape
 
 #: Where the host keeps its buffers in low memory.
@@ -44,10 +44,10 @@ class Host:
     machine: a machine nobody else hosts. tape: if given, every call is recorded there.
     """
 
-    def __init__(self, machine: Machine, tape: Tape | None = None) -> None:
+    def __init__(self, machine: BareMachine, tape: Tape | None = None) -> None:
         self.machine = machine
         self.tape = tape
-        self.door: Machine | Tape = machine if tape is None else tape
+        self.door: BareMachine | Tape = machine if tape is None else tape
         self._free = [(tdmr.base, tdmr.base + tdmr.size) for tdmr in machine.platform.tdmrs]
         self._returned: list[int] = []
         lowest, highest = machine.platform.private_keyids

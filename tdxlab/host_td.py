@@ -1,6 +1,6 @@
 """One TD as its host sees it: built, run and torn down with plain SEAMCALLs.
 
-    host = Host(Machine()); host.boot()
+    host = Host(BareMachine()); host.boot()
     td = HostTd(host, gpaw=48)
     td.add_vcpu(lp=0)
     td.add_page(0x4000_0000, b"code"); td.measure(0x4000_0000); td.finalize()

@@ -10,10 +10,10 @@ from typing import TextIO
 
 from tdxlab.abi.outcome import IN_GUEST
 from tdxlab.abi.status import status_name
+from tdxlab.bare import BareMachine
 from tdxlab.hardware import default_platform
 from tdxlab.host import Host
 from tdxlab.host_td import HostTd
-from tdxlab.machine import Machine
 from tdxlab.tape import Action, Tape
 
 #: Where the guest's first page lies, and the one that it is given while it runs.
@@ -21,14 +21,14 @@ CODE_GPA = 0x4000_0000
 HEAP_GPA = 0x4000_1000
 
 
-def booted_machine(*, tdmr_gib: int = 1, lps: int = 4, packages: int = 2) -> Machine:
+def booted_machine(*, tdmr_gib: int = 1, lps: int = 4, packages: int = 2) -> BareMachine:
     """A machine whose module is ready and whose TDMRs are initialised; nothing is on tape yet."""
-    machine = Machine(default_platform(tdmr_gib=tdmr_gib, lps=lps, packages=packages))
+    machine = BareMachine(default_platform(tdmr_gib=tdmr_gib, lps=lps, packages=packages))
     Host(machine).boot()
     return machine
 
 
-def life_of_a_td(*, gpaw: int = 48, machine: Machine | None = None) -> Tape:
+def life_of_a_td(*, gpaw: int = 48, machine: BareMachine | None = None) -> Tape:
     """A TD comes to life and dies: created, one vCPU, one measured page; it runs, touches memory,
     accepts a page, loses it, ends.
 

@@ -18,9 +18,9 @@ from typing import Any
 from tdxlab.abi.leaves import GUEST_LEAVES, HOST_LEAVES
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
+from tdxlab.bare import BareMachine
 from tdxlab.cpu import Translation
 from tdxlab.journal import Mark
-from tdxlab.machine import Machine
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Tape:
     phase: label for the actions to come.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: BareMachine) -> None:
         self.machine = machine
         self.phase = ""
         self._actions: list[Action] = []
@@ -114,7 +114,7 @@ class Tape:
     # -- the machine's doors, recorded
 
     def seamcall(self, lp: int, rax: int, registers: Registers) -> int:
-        """As `Machine.seamcall`."""
+        """As `BareMachine.seamcall`."""
         given = registers.copy()
 
         def play() -> tuple[int, Registers]:
@@ -130,7 +130,7 @@ class Tape:
         return result
 
     def tdcall(self, lp: int, rax: int, registers: Registers) -> GuestOutcome:
-        """As `Machine.tdcall`."""
+        """As `BareMachine.tdcall`."""
         given = registers.copy()
         leaf = GUEST_LEAVES.get(rax & 0xFFFF)
         name = leaf.name if leaf else f"leaf {rax & 0xFFFF}"
@@ -143,11 +143,11 @@ class Tape:
         return outcome
 
     def interrupt(self, lp: int) -> GuestOutcome:
-        """As `Machine.interrupt`."""
+        """As `BareMachine.interrupt`."""
         return self._take_out(lp, lambda: self.machine.interrupt(lp))
 
     def kick(self, lp: int) -> GuestOutcome:
-        """As `Machine.kick`."""
+        """As `BareMachine.kick`."""
         return self._take_out(lp, lambda: self.machine.kick(lp))
 
     def _take_out(self, lp: int, play: Callable[[], GuestOutcome]) -> GuestOutcome:
@@ -155,7 +155,7 @@ class Tape:
         return outcome
 
     def touch(self, lp: int, gpa: int, *, write: bool = False) -> Translation | GuestOutcome:
-        """As `Machine.touch`."""
+        """As `BareMachine.touch`."""
         name = "write" if write else "read"
 
         def play() -> Translation | GuestOutcome:
@@ -166,7 +166,7 @@ class Tape:
         return result
 
     def store(self, hpa: int, data: bytes) -> None:
-        """As `Machine.store`."""
+        """As `BareMachine.store`."""
         inputs = {"hpa": hpa, "bytes": len(data)}
         name = "write memory"
         self._do(
@@ -174,7 +174,7 @@ class Tape:
         )
 
     def clear(self, hpa: int) -> None:
-        """As `Machine.clear`."""
+        """As `BareMachine.clear`."""
         self._do(
             Action(
                 "clear",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tdxlab.arch import HPA_MASK
-from tdxlab.machine import Machine
+from tdxlab.bare import BareMachine
 from tdxlab.seam import sept
 from tdxlab.seam.measure import DIGEST_SIZE
 from tdxlab.seam.pamt import SIZE_NAMES, PamtEntry
@@ -74,12 +74,12 @@ class KeyRow(NamedTuple):
     pending_packages: int
 
 
-def tds(machine: Machine) -> list[int]:
+def tds(machine: BareMachine) -> list[int]:
     """TDRs of all TDs that are there, in whatever state, ascending."""
     return [row.hpa for row in machine.module.pamt.in_use() if row.page_type == PT_TDR]
 
 
-def td_info(machine: Machine, tdr: int) -> dict[str, int]:
+def td_info(machine: BareMachine, tdr: int) -> dict[str, int]:
     """The fields of a TD: those of its TDR, and those of its TDCS once four pages of it are
     there.
     """
@@ -92,19 +92,19 @@ def td_info(machine: Machine, tdr: int) -> dict[str, int]:
     return info
 
 
-def _tdcx(machine: Machine, tdr: int, index: int) -> int:
+def _tdcx(machine: BareMachine, tdr: int, index: int) -> int:
     """Word index of the frame of a TDCS page."""
     memory = machine.memory
     pa = memory.words.view[memory.frame(tdr) + Tdr.TDCX_PA + index]
     return memory.frame(pa & memory.pa_mask & HPA_MASK)
 
 
-def mrtd(machine: Machine, tdr: int) -> str:
+def mrtd(machine: BareMachine, tdr: int) -> str:
     """MRTD of a TD as 96 hex digits; zeros before TDH.MR.FINALIZE."""
     return machine.memory.words.read(_tdcx(machine, tdr, 0) + Tdcs.MRTD, DIGEST_SIZE // 8).hex()
 
 
-def sept_rows(machine: Machine, tdr: int) -> Iterator[SeptRow]:
+def sept_rows(machine: BareMachine, tdr: int) -> Iterator[SeptRow]:
     """Every S-EPT entry of a TD that is not free, parents first; below blocked tables too.
 
     A TD without its root table or without parameters has none.
@@ -120,7 +120,7 @@ def sept_rows(machine: Machine, tdr: int) -> Iterator[SeptRow]:
         yield SeptRow(level, gpa, raw, state.name if state else "?", entry_hpa)
 
 
-def pamt_rows(machine: Machine) -> Iterator[PamtRow]:
+def pamt_rows(machine: BareMachine) -> Iterator[PamtRow]:
     """Every PAMT entry in use, or locked; 1G, 2M, 4K of each TDMR."""
     for entry in machine.module.pamt.in_use():
         yield _pamt_row(entry)
@@ -132,7 +132,7 @@ def _pamt_row(entry: PamtEntry) -> PamtRow:
     return PamtRow(size, entry.hpa, page_type, entry.owner, entry.bepoch, entry.lock)
 
 
-def key_rows(machine: Machine) -> Iterator[KeyRow]:
+def key_rows(machine: BareMachine) -> Iterator[KeyRow]:
     """Every KeyID that is not free."""
     for keyid, state, pending in machine.module.keys.in_use():
         yield KeyRow(keyid, HKID_STATE_NAMES[state].removeprefix("HKID_"), pending)

@@ -12,10 +12,10 @@ from tdxlab.abi import leaves as abi
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.structs import CONFIG_FLAGS_GPAW_52, EPTP_4_LEVELS, EPTP_5_LEVELS, make_td_params
 from tdxlab.arch import HPA_MASK, PAGE_SIZE, SIZE_1G, SIZE_2M, level_size
+from tdxlab.bare import BareMachine
 from tdxlab.hardware import default_platform
 from tdxlab.host import Host
 from tdxlab.host_td import VCPU_PAGES, HostTd
-from tdxlab.machine import Machine
 from tdxlab.seam import sept
 from tdxlab.seam.epochs import is_tracked
 from tdxlab.seam.rules import (
@@ -76,7 +76,7 @@ class EntryView(NamedTuple):
 class TdView:
     """The fields of one TD that a caller decides by."""
 
-    def __init__(self, machine: Machine, tdr: int) -> None:
+    def __init__(self, machine: BareMachine, tdr: int) -> None:
         self.machine = machine
         self.tdr = tdr
         view, page = machine.memory.words.view, machine.memory.frame(tdr)
@@ -145,7 +145,7 @@ class TdView:
 class VcpuView:
     """The fields of one vCPU that a caller decides by."""
 
-    def __init__(self, machine: Machine, tdvpr: int) -> None:
+    def __init__(self, machine: BareMachine, tdvpr: int) -> None:
         view, page = machine.memory.words.view, machine.memory.frame(tdvpr)
         pamt = machine.module.pamt
         entry = pamt.entry(tdvpr, 0)
@@ -160,7 +160,7 @@ class VcpuView:
 class Scene:
     """A machine that several TDs live on, and what a host could know of it."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: BareMachine) -> None:
         self.machine = machine
         machine.store(SOURCE, bytes(range(256)) * 16)
         for number, params in enumerate(PARAMS_KINDS):
@@ -215,7 +215,7 @@ class Scene:
 
 def empty_scene() -> Scene:
     """A booted machine of four LPs in two packages, without a TD."""
-    machine = Machine(default_platform(lps=4, packages=2))
+    machine = BareMachine(default_platform(lps=4, packages=2))
     Host(machine).boot()
     return Scene(machine)
 

@@ -9,10 +9,10 @@ import pytest
 from tdxlab.abi import leaves as abi
 from tdxlab.abi.registers import Registers
 from tdxlab.arch import shared_bit
+from tdxlab.bare import BareMachine
 from tdxlab.hardware import Platform, Region, default_platform
 from tdxlab.host import Host
 from tdxlab.host_td import HostTd
-from tdxlab.machine import Machine
 from tdxlab.scenarios import booted_machine
 
 GPA = 0x4000_0000
@@ -142,7 +142,7 @@ def test_a_platform_that_cannot_be_is_refused(
 
 
 def test_a_host_without_a_free_page_says_what_to_do() -> None:
-    host = Host(Machine())
+    host = Host(BareMachine())
     for _ in range(512):
         host.take_page(1 << 21)
     with pytest.raises(ValueError, match=r"no free page .* default_platform\(tdmr_gib="):
@@ -150,7 +150,7 @@ def test_a_host_without_a_free_page_says_what_to_do() -> None:
 
 
 def test_a_host_without_a_free_keyid_says_what_to_do() -> None:
-    host = Host(Machine())
+    host = Host(BareMachine())
     for _ in range(31):
         host.take_keyid()
     with pytest.raises(ValueError, match="tear one down first"):

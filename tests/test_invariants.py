@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 
 from tdxlab.arch import HPA_MASK
+from tdxlab.bare import BareMachine
 from tdxlab.host import Host
 from tdxlab.host_td import HostTd
 from tdxlab.invariants import INVARIANTS, SCOPES, InvariantBroken, check
-from tdxlab.machine import Machine
 from tdxlab.scenarios import booted_machine, life_of_a_td
 from tdxlab.seam import sept
 from tdxlab.seam.rules import HKID_FLUSHED, PT_EPT, PT_REG, VCPU_READY
@@ -216,12 +216,12 @@ def test_check_changes_nothing() -> None:
         assert tape.machine.digest() == before
 
 
-@pytest.mark.parametrize("machine", [Machine, booted_machine])
-def test_check_passes_on_a_machine_without_tds(machine: Callable[[], Machine]) -> None:
+@pytest.mark.parametrize("machine", [BareMachine, booted_machine])
+def test_check_passes_on_a_machine_without_tds(machine: Callable[[], BareMachine]) -> None:
     check(machine(), "alive")
 
 
 def test_check_refuses_a_scope_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match=r"'sometimes'.*always, quiet, alive"):
-        check(Machine(), "sometimes")  # type: ignore[arg-type]
+        check(BareMachine(), "sometimes")  # type: ignore[arg-type]
     assert SCOPES == ("always", "quiet", "alive")

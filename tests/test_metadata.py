@@ -36,8 +36,8 @@ from tdxlab.abi.status import (
     TDX_VCPU_STATE_INCORRECT,
 )
 from tdxlab.abi.structs import EPTP_4_LEVELS, make_td_params
+from tdxlab.bare import BareMachine
 from tdxlab.host import Host
-from tdxlab.machine import Machine
 from tdxlab.seam.cpuid import CPUID_CONFIGURABLE, check_config
 from tdxlab.seam.fields import GUEST, NULL_FIELD_ID, Field, FieldId
 from tdxlab.seam.fields_system import SYSTEM_FIELDS
@@ -91,7 +91,7 @@ class Lab:
     """A booted machine with one TD and one vCPU."""
 
     def __init__(self, attributes: int = 0, config_flags: int = 0, l2_vms: int = 0) -> None:
-        self.machine = Machine()
+        self.machine = BareMachine()
         self.host = Host(self.machine)
         self.host.boot()
         self._free = iter(range(self.machine.platform.tdmrs[0].base, 1 << 40, 4096))
@@ -331,7 +331,7 @@ def test_sys_rd_has_no_max_vcpus_per_td(lab: Lab) -> None:
 
 
 def test_sys_rd_refuses_an_lp_that_is_not_initialised_before_it_looks_at_the_id() -> None:
-    machine = Machine()
+    machine = BareMachine()
     for field_id in (2, MASK64, NUM_PKGS):
         registers = Registers(rdx=field_id, r8=5)
         assert machine.seamcall(0, abi.TDH_SYS_RD, registers) == TDX_SYS_LP_INIT_NOT_DONE
@@ -345,7 +345,7 @@ def test_sys_rd_version_1_changes_no_register(lab: Lab) -> None:
 
 
 def test_sys_rd_needs_no_ready_module() -> None:
-    machine = Machine()
+    machine = BareMachine()
     host = Host(machine)
     host.must(0, abi.TDH_SYS_INIT)
     host.must(0, abi.TDH_SYS_LP_INIT)
@@ -865,7 +865,7 @@ def test_sys_rdall_begins_with_the_first_element_of_any_field(lab: Lab) -> None:
 
 def test_sys_rdall_refuses_the_lp_then_the_page_then_the_start(lab: Lab) -> None:
     registers = Registers(rdx=1, r8=0)
-    machine = Machine()
+    machine = BareMachine()
     assert machine.seamcall(0, abi.TDH_SYS_RDALL, registers) == TDX_SYS_LP_INIT_NOT_DONE
     assert registers == Registers(rdx=1, r8=MASK64)
     private = BUFFER | lab.machine.memory.join(0, HKID)
@@ -932,7 +932,7 @@ def test_sys_info_refuses_its_operands_in_order(
 
 def test_sys_info_refuses_the_lp_first() -> None:
     registers = Registers(rcx=1, rdx=2, r8=0x20, r9=3)
-    assert Machine().seamcall(0, abi.TDH_SYS_INFO, registers) == TDX_SYS_LP_INIT_NOT_DONE
+    assert BareMachine().seamcall(0, abi.TDH_SYS_INFO, registers) == TDX_SYS_LP_INIT_NOT_DONE
     assert registers == Registers(rcx=1, r8=0x20)
 
 

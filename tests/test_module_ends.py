@@ -12,9 +12,9 @@ from tdxlab.abi import leaves as abi
 from tdxlab.abi import status as s
 from tdxlab.abi.outcome import VMFAILINVALID
 from tdxlab.abi.registers import Registers
+from tdxlab.bare import BareMachine
 from tdxlab.hardware import TdmrPlan, default_platform
 from tdxlab.host import Host
-from tdxlab.machine import Machine
 from tdxlab.seam import measure
 from tdxlab.seam.td import Tdcs, Tdr, Tdvps
 from tests.corners import BUSY, GPA, RCX, lock_of, runnable
@@ -92,7 +92,7 @@ def wide() -> Bench:
             TdmrPlan(leafbench.TDMR + SIZE_1G, SIZE_1G),
         ),
     )
-    bench.machine = Machine(platform)
+    bench.machine = BareMachine(platform)
     Host(bench.machine).boot()
     bench._mark = bench.machine.mark()
     bench.reset()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tdxlab.machine import Machine
+from tdxlab.bare import BareMachine
 from tdxlab.replay import command, replay
 
 TRACES = Path(__file__).parent.parent / "data" / "conformance" / "tdx_module"
@@ -185,16 +185,16 @@ def test_replay_goes_on_when_the_model_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trace, _ = load("s9_keys_hkids")
-    real = Machine.seamcall
+    real = BareMachine.seamcall
     calls = []
 
-    def fails_once(machine: Machine, lp: int, rax: int, registers: Any) -> int:
+    def fails_once(machine: BareMachine, lp: int, rax: int, registers: Any) -> int:
         calls.append(rax)
         if rax == trace["steps"][-1]["leaf_num"] and len(calls) > 600:
             raise KeyError("a bug")
         return real(machine, lp, rax, registers)
 
-    monkeypatch.setattr(Machine, "seamcall", fails_once)
+    monkeypatch.setattr(BareMachine, "seamcall", fails_once)
     status, report, err = run(tmp_path, trace)
     assert (status, err) == (1, "")
     assert "a bug" in json.dumps(report["first_mismatches"])

@@ -23,11 +23,11 @@ from tdxlab.abi.status import (
     TDX_PREVIOUS_TLB_EPOCH_BUSY,
     TDX_SUCCESS,
 )
+from tdxlab.bare import BareMachine
 from tdxlab.host import Host
 from tdxlab.host_td import HostTd
 from tdxlab.invariants import check
 from tdxlab.journal import Journal, Words
-from tdxlab.machine import Machine
 from tdxlab.scenarios import booted_machine
 from tdxlab.seam.exits import EXIT_EPT_VIOLATION
 from tdxlab.steps import Operation, Schedule, exhaustive
@@ -45,7 +45,7 @@ class Bench:
     """A TD that runs, with tables for GPA, and calls on it as step generators."""
 
     def __init__(self) -> None:
-        self.machine: Machine = booted_machine()
+        self.machine: BareMachine = booted_machine()
         self.host = Host(self.machine)
         self.td = HostTd(self.host)
         self.td.add_vcpu(lp=0)
@@ -247,7 +247,7 @@ def test_two_creates_with_one_keyid_one_wins(bench: Bench) -> None:
 
 
 def test_two_tdmr_inits_never_do_the_same_step() -> None:
-    machine = Machine()
+    machine = BareMachine()
     host = Host(machine)
     host.boot(tdmr_init=False)
     base = machine.platform.tdmrs[0].base

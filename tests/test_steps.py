@@ -9,9 +9,9 @@ from tdxlab.abi import leaves as abi
 from tdxlab.abi import status as s
 from tdxlab.abi.outcome import IN_GUEST
 from tdxlab.abi.registers import Registers
+from tdxlab.bare import BareMachine
 from tdxlab.host import Host
 from tdxlab.host_td import HostTd
-from tdxlab.machine import Machine
 from tdxlab.scenarios import booted_machine
 from tdxlab.steps import Operation, Schedule
 
@@ -212,7 +212,7 @@ def test_an_entry_in_the_middle_of_a_track_finds_the_epoch_busy(scene: Scene) ->
 
 
 def test_two_machines_share_nothing() -> None:
-    one, other = Machine(), Machine()
+    one, other = BareMachine(), BareMachine()
     before = other.digest()
     one.seamcall(0, abi.TDH_SYS_INIT, Registers())
     assert other.digest() == before

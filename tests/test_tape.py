@@ -4,9 +4,9 @@ import pytest
 
 from tdxlab.abi import leaves as abi
 from tdxlab.abi.registers import Registers
+from tdxlab.bare import BareMachine
 from tdxlab.host import Host
 from tdxlab.host_td import HostTd
-from tdxlab.machine import Machine
 from tdxlab.scenarios import booted_machine, life_of_a_td
 from tdxlab.tape import Tape
 
@@ -115,5 +115,5 @@ def test_clear_and_tdcall_play_again(tape: Tape) -> None:
 
 
 def test_a_tape_of_an_untouched_machine_is_empty() -> None:
-    tape = Tape(Machine())
+    tape = Tape(BareMachine())
     assert (len(tape), tape.position, tape.actions) == (0, 0, [])

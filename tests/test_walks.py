@@ -9,8 +9,8 @@ from tdxlab.abi import leaves as abi
 from tdxlab.abi.outcome import VMFAILINVALID
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import TDX_SUCCESS
+from tdxlab.bare import BareMachine
 from tdxlab.journal import Mark
-from tdxlab.machine import Machine
 from tdxlab.seam.exits import EXIT_EXCEPTION
 from tdxlab.seam.rules import PT_EPT, PT_TDCX, PT_TDR, PT_TDVPR
 from tdxlab.tape import Tape
@@ -123,7 +123,7 @@ def record_one(scene: Scene, tape: Tape, choose: random.Random) -> None:
         tape.seamcall(*made)
 
 
-def halt(machine: Machine) -> None:
+def halt(machine: BareMachine) -> None:
     """The guest of a TD that is no debug TD has an exception exit: the module stops."""
     lp = next(lp for lp in machine.cpu.lps if machine.cpu.vcpu_inside(lp))
     machine.vm_exit(lp, EXIT_EXCEPTION, Registers(), interruption=0x8000_030D)

@@ -6,8 +6,8 @@ from tdxlab.abi import leaves as abi
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.structs import TDMR_INFO_SIZE, make_tdmr_info
 from tdxlab.arch import PAGE_SIZE, SIZE_1G
+from tdxlab.bare import BareMachine
 from tdxlab.hardware import default_platform
-from tdxlab.machine import Machine
 from tdxlab.seam.module import LEAVES
 from tests.scene import BASE, Scene
 from tests.sweeps import Sweeper
@@ -22,10 +22,10 @@ _SIZES = (PAGE_SIZE, 2 * PAGE_SIZE, 1024 * PAGE_SIZE)
 
 def youth() -> Scene:
     """A machine of four LPs in two packages, switched on."""
-    return Scene(Machine(default_platform(lps=4, packages=2)))
+    return Scene(BareMachine(default_platform(lps=4, packages=2)))
 
 
-def _info(machine: Machine, base: int = BASE, size: int = SIZE_1G, **changes: object) -> bytes:
+def _info(machine: BareMachine, base: int = BASE, size: int = SIZE_1G, **changes: object) -> bytes:
     """TDMR_INFO of a TDMR that fits, but for the changes."""
     start = machine.platform.pamt_region
     operands: dict[str, object] = {}
@@ -35,7 +35,7 @@ def _info(machine: Machine, base: int = BASE, size: int = SIZE_1G, **changes: ob
     return make_tdmr_info(base, size, **(operands | changes))  # type: ignore[arg-type]
 
 
-def tdmr_lists(machine: Machine) -> Iterator[list[bytes]]:
+def tdmr_lists(machine: BareMachine) -> Iterator[list[bytes]]:
     """Lists of TDMR_INFOs, the first one right, each other one wrong in its way."""
     pamt = machine.platform.pamt_region
     good = _info(machine)

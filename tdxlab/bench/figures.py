@@ -15,11 +15,11 @@ from pathlib import Path
 from tdxlab.abi import leaves as abi
 from tdxlab.abi.registers import Registers
 from tdxlab.arch import PAGE_SIZE, SIZE_1G, SIZE_2M
+from tdxlab.bare import BareMachine
 from tdxlab.bench.workloads import GUEST_BASE, ModelBench, aug, measure
 from tdxlab.hardware import default_platform
 from tdxlab.host import Host
 from tdxlab.host_td import HostTd
-from tdxlab.machine import Machine
 from tdxlab.tape import Tape
 
 _DENSE_PAGES = 204_800
@@ -48,7 +48,7 @@ def dense_memory() -> str:
 
 def spread_memory() -> str:
     """Resident bytes for each page where guest and host memory hold one page in each GiB."""
-    machine = Machine(default_platform(tdmr_gib=_SPREAD_PAGES + 2))
+    machine = BareMachine(default_platform(tdmr_gib=_SPREAD_PAGES + 2))
     host = Host(machine)
     host.boot()
     td = HostTd(host)
@@ -78,7 +78,7 @@ def journal_cost() -> str:
 def import_time() -> str:
     """CPU time of `import tdxlab` and its machine in a fresh interpreter, numpy not loaded."""
     code = (
-        "import time, sys; start = time.process_time(); import tdxlab, tdxlab.machine; "
+        "import time, sys; start = time.process_time(); import tdxlab, tdxlab.bare; "
         "assert 'numpy' not in sys.modules; print(time.process_time() - start)"
     )
     seconds = [

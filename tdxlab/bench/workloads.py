@@ -14,11 +14,11 @@ from typing import Protocol
 from tdxlab.abi import leaves as abi
 from tdxlab.abi.registers import Registers
 from tdxlab.arch import PAGE_SIZE, SIZE_1G, SIZE_2M
+from tdxlab.bare import BareMachine
 from tdxlab.bench.baseline import Baseline
 from tdxlab.hardware import Platform, default_platform
 from tdxlab.host import Host
 from tdxlab.host_td import HostTd
-from tdxlab.machine import Machine
 
 #: Guest memory that is mapped and unmapped, and the first HPA that it is given.
 GUEST_BASE = 4 * SIZE_1G
@@ -49,7 +49,7 @@ class ModelBench:
     """The model's side. machine: a booted one."""
 
     def __init__(self, pages: int = PAGES) -> None:
-        self.machine = Machine(default_platform(tdmr_gib=2))
+        self.machine = BareMachine(default_platform(tdmr_gib=2))
         self.host = Host(self.machine)
         self.host.boot()
         self.td = HostTd(self.host)

@@ -32,9 +32,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, get_args
 
+from tdxlab.bare import BareMachine
 from tdxlab.invariants import keys_and_locks, pages, running
 from tdxlab.invariants.picture import Picture
-from tdxlab.machine import Machine
 
 Scope = Literal["always", "quiet", "alive"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -85,7 +85,7 @@ INVARIANTS: tuple[Invariant, ...] = (
 )
 
 
-def check(machine: Machine, scope: Scope) -> None:
+def check(machine: BareMachine, scope: Scope) -> None:
     """Test every invariant that holds in a machine of which `scope` is true. A module that has
     halted promises nothing any more.
 

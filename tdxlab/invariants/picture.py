@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tdxlab.arch import HPA_MASK, PAGE_SHIFT
-from tdxlab.machine import Machine
+from tdxlab.bare import BareMachine
 from tdxlab.seam import sept
 from tdxlab.seam.pamt import SIZE_NAMES, PamtEntry
 from tdxlab.seam.rules import (
@@ -43,7 +43,7 @@ class Link(NamedTuple):
 class TdPicture:
     """One TD: where its structures lie, and all of its S-EPT until its pages are reclaimed."""
 
-    def __init__(self, machine: Machine, tdr: int) -> None:
+    def __init__(self, machine: BareMachine, tdr: int) -> None:
         self._view = machine.memory.words.view
         self.tdr = tdr
         self._page = machine.memory.frames[tdr >> PAGE_SHIFT]
@@ -64,7 +64,7 @@ class TdPicture:
             self.root = self._tdcx(machine, SEPT_ROOT_PAGE)
             self.links = [_link(row) for row in sept.entries(machine.memory, eptp) if _is_link(row)]
 
-    def _tdcx(self, machine: Machine, index: int) -> int:
+    def _tdcx(self, machine: BareMachine, index: int) -> int:
         return self.tdr_field(Tdr.TDCX_PA + index) & machine.memory.pa_mask & HPA_MASK
 
     def tdr_field(self, word: int) -> int:
@@ -111,7 +111,7 @@ class Picture:
     LP -> TDVPR, LPs with a guest only.
     """
 
-    machine: Machine
+    machine: BareMachine
     rows: list[PamtEntry]
     owned: dict[int, list[PamtEntry]]
     tds: dict[int, TdPicture]
@@ -119,7 +119,7 @@ class Picture:
     inside: dict[int, int]
 
     @classmethod
-    def of(cls, machine: Machine) -> Picture:
+    def of(cls, machine: BareMachine) -> Picture:
         """Look at every PAMT entry, TD and vCPU in use."""
         rows = list(machine.module.pamt.in_use())
         tds = {r.hpa: TdPicture(machine, r.hpa) for r in rows if r.page_type == PT_TDR}
@@ -150,7 +150,7 @@ class Picture:
         return (td for td in self.living() if td.tdcs is not None)
 
 
-def _vcpu(machine: Machine, row: PamtEntry) -> VcpuPicture:
+def _vcpu(machine: BareMachine, row: PamtEntry) -> VcpuPicture:
     page, view = machine.memory.frames[row.hpa >> PAGE_SHIFT], machine.memory.words.view
     fields = (Tdvps.STATE, Tdvps.ASSOC_LPID, Tdvps.VCPU_EPOCH, Tdvps.NUM_PAGES)
     return VcpuPicture(row.hpa, row.owner, *(view[page + word] for word in fields))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tdxlab import views
-from tdxlab.machine import Machine
+from tdxlab.bare import BareMachine
 from tdxlab.seam.rules import (
     OP_STATE_NAMES,
     TD_KEYS_CONFIGURED,
@@ -67,12 +67,12 @@ class Vcpu(NamedTuple):
 Books = dict[Line, str]
 
 
-def pages(machine: Machine, page_type: str) -> list[views.PamtRow]:
+def pages(machine: BareMachine, page_type: str) -> list[views.PamtRow]:
     """The 4 KiB pages of a type ("PT_TDR" ...), ascending."""
     return [row for row in views.pamt_rows(machine) if row[0] == "4K" and row[2] == page_type]
 
 
-def vcpu(machine: Machine, tdvpr: views.PamtRow) -> Vcpu:
+def vcpu(machine: BareMachine, tdvpr: views.PamtRow) -> Vcpu:
     """The vCPU whose TDVPR page a row of the PAMT describes."""
     view = machine.memory.words.view
     page = machine.memory.frame(tdvpr.hpa)
@@ -81,7 +81,7 @@ def vcpu(machine: Machine, tdvpr: views.PamtRow) -> Vcpu:
     return Vcpu(tdvpr.hpa, tdvpr.owner, state, count, None if lp == NO_LP else lp)
 
 
-def read_books(machine: Machine) -> Books:
+def read_books(machine: BareMachine) -> Books:
     """All lines of all books. Free pages, free KeyIDs and free S-EPT entries have none."""
     books: Books = {}
     for key in views.key_rows(machine):
@@ -122,7 +122,7 @@ def _text(books: Books, line: Line) -> str:
     return books.get(line, absent)
 
 
-def _td_lines(machine: Machine, tdr: int) -> Books:
+def _td_lines(machine: BareMachine, tdr: int) -> Books:
     info = views.td_info(machine, tdr)
     lines = {Line(TD, tdr, _LIFE_CYCLE): TD_LIFECYCLE_NAMES[info["lifecycle_state"]]}
     if "op_state" in info:

@@ -17,9 +17,9 @@ from tdxlab.abi.leaves import HOST_LEAVES, Leaf
 from tdxlab.abi.registers import REGISTER_NAMES, Registers
 from tdxlab.abi.structs import CONFIG_FLAGS_GPAW_52, EPTP_4_LEVELS, EPTP_5_LEVELS, make_td_params
 from tdxlab.arch import PAGE_SIZE, sept_levels
+from tdxlab.bare import BareMachine
 from tdxlab.hardware import default_platform
 from tdxlab.host import SOURCE_PAGE_BUFFER, TD_PARAMS_BUFFER, Host
-from tdxlab.machine import Machine
 from tdxlab.study.answers import Answer, Reply
 from tdxlab.study.books import Books, compare, read_books
 from tdxlab.study.guide import (
@@ -68,7 +68,7 @@ class Desk:
 
     def __init__(self, gpaw: int, packages: int = 2) -> None:
         self.gpaw = gpaw
-        self.machine = Machine(default_platform(lps=2 * packages, packages=packages))
+        self.machine = BareMachine(default_platform(lps=2 * packages, packages=packages))
         Host(self.machine).boot()
         write_buffers(self.machine, gpaw)
         self.tape = Tape(self.machine)
@@ -179,7 +179,7 @@ def desk_before(stage: str, gpaw: int, packages: int = 2) -> Desk:
     return desk
 
 
-def write_buffers(machine: Machine, gpaw: int) -> None:
+def write_buffers(machine: BareMachine, gpaw: int) -> None:
     """Lay out, in host memory, TD_PARAMS for one vCPU at this GPAW, others that ask for the wrong
     number of levels, and a source page.
     """

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from tdxlab import views
-from tdxlab.machine import Machine
+from tdxlab.bare import BareMachine
 from tdxlab.study import svg
 from tdxlab.study.books import pages, vcpu
 from tdxlab.study.console import Desk
@@ -66,7 +66,7 @@ def story(desk: Desk, *stages: str) -> list[StoryRow]:
     return rows
 
 
-def _held(machine: Machine) -> int:
+def _held(machine: BareMachine) -> int:
     return sum(row.pages for row in pamt_pages(machine))
 
 
@@ -107,7 +107,7 @@ def keys_over_calls(tape: Tape) -> list[KeyAt]:
     return rows
 
 
-def _keys(machine: Machine) -> dict[int, tuple[str, str]]:
+def _keys(machine: BareMachine) -> dict[int, tuple[str, str]]:
     packages = machine.cpu.packages
     return {
         row.keyid: (
@@ -126,7 +126,7 @@ class BillRow(NamedTuple):
     pages: int
 
 
-def page_bill(machine: Machine, tdr: int) -> list[BillRow]:
+def page_bill(machine: BareMachine, tdr: int) -> list[BillRow]:
     """What the pages of a TD are for, its TDR included."""
     rows = views.pamt_rows(machine)
     owned = [row.page_type for row in rows if tdr in (row.owner, row.hpa) and row.size == "4K"]
@@ -143,7 +143,7 @@ def page_bill(machine: Machine, tdr: int) -> list[BillRow]:
     ]
 
 
-def pamt_drawing(machine: Machine) -> Drawing:
+def pamt_drawing(machine: BareMachine) -> Drawing:
     """The PAMT of the first 2 MiB of the TDMR as a map, and its counts as text."""
     counts = [row for row in pamt_pages(machine) if row.pages]
     drawn = svg.pamt_map(views.pamt_rows(machine), machine.platform.tdmrs[0].base)

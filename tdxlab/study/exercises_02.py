@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from tdxlab import views
 from tdxlab.abi import status as st
+from tdxlab.bare import BareMachine
 from tdxlab.hardware import default_platform
 from tdxlab.host import Host
 from tdxlab.host_td import HostTd
-from tdxlab.machine import Machine
 from tdxlab.scenarios import CODE_GPA
 from tdxlab.seam.rules import HKID_FREE, OP_INITIALIZED
 from tdxlab.study.answers import Reply
@@ -105,7 +105,7 @@ def seamcalls_to_run(gpaw: int, packages: int, vcpus: int) -> int:
 
     packages, vcpus: 1..8.
     """
-    machine = Machine(default_platform(lps=2 * packages, packages=packages))
+    machine = BareMachine(default_platform(lps=2 * packages, packages=packages))
     Host(machine).boot()
     tape = Tape(machine)
     td = HostTd(Host(machine, tape), gpaw=gpaw, max_vcpus=vcpus)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tdxlab import views
 from tdxlab.arch import level_size, sept_levels
-from tdxlab.machine import Machine
+from tdxlab.bare import BareMachine
 from tdxlab.scenarios import CODE_GPA
 from tdxlab.seam.rules import (
     OP_INITIALIZED,
@@ -47,7 +47,7 @@ class Next(NamedTuple):
     registers: dict[str, str]
 
 
-def next_to_build(machine: Machine, gpaw: int) -> Next | None:
+def next_to_build(machine: BareMachine, gpaw: int) -> Next | None:
     """The call that brings the first TD nearer to running; None once it runs, or on its way out.
 
     gpaw: 48 or 52, as in its parameters.
@@ -72,7 +72,7 @@ def next_to_build(machine: Machine, gpaw: int) -> Next | None:
     return _next_entry(machine) if info["op_state"] == OP_RUNNABLE else None
 
 
-def next_to_tear_down(machine: Machine) -> Next | None:
+def next_to_tear_down(machine: BareMachine) -> Next | None:
     """The call that brings the first TD nearer to its end; None if there is no TD."""
     tdrs = pages(machine, "PT_TDR")
     if not tdrs:
@@ -93,18 +93,18 @@ def next_to_tear_down(machine: Machine) -> Next | None:
     return _next_flush(machine, tdr)
 
 
-def lp_of(machine: Machine, package: int) -> int:
+def lp_of(machine: BareMachine, package: int) -> int:
     """The first LP of a package that runs no guest; of all of them the first."""
     cpu = machine.cpu
     lps = [lp for lp in cpu.lps if cpu.package_of[lp] == package]
     return next((lp for lp in lps if not cpu.vcpu_inside(lp)), lps[0])
 
 
-def _first_package(machine: Machine, bitmap: int) -> int:
+def _first_package(machine: BareMachine, bitmap: int) -> int:
     return next(package for package in machine.cpu.packages if bitmap >> package & 1)
 
 
-def _next_vcpu(machine: Machine) -> Next | None:
+def _next_vcpu(machine: BareMachine) -> Next | None:
     """A vCPU: its root page, five more, and TDH.VP.INIT; None when there is one."""
     tdvprs = pages(machine, "PT_TDVPR")
     if not tdvprs:
@@ -117,7 +117,7 @@ def _next_vcpu(machine: Machine) -> Next | None:
     return None
 
 
-def _next_page(machine: Machine, tdr: int, gpaw: int) -> Next:
+def _next_page(machine: BareMachine, tdr: int, gpaw: int) -> Next:
     """The tables above the page from the root down, the page, and the end of the build."""
     there = {(row.sept_level, row.gpa) for row in views.sept_rows(machine, tdr)}
     for level in range(sept_levels(gpaw) - 1, 0, -1):
@@ -130,7 +130,7 @@ def _next_page(machine: Machine, tdr: int, gpaw: int) -> Next:
     return Next("finalize", "TDH.MR.FINALIZE", 0, {"rcx": "TDR"})
 
 
-def _next_entry(machine: Machine) -> Next | None:
+def _next_entry(machine: BareMachine) -> Next | None:
     first = pages(machine, "PT_TDVPR")[0]
     if any(machine.cpu.vcpu_inside(lp) == first.hpa for lp in machine.cpu.lps):
         return None
@@ -138,7 +138,7 @@ def _next_entry(machine: Machine) -> Next | None:
     return Next("enter", "TDH.VP.ENTER", lp or 0, {"rcx": "TDVPR"})
 
 
-def _next_flush(machine: Machine, tdr: int) -> Next:
+def _next_flush(machine: BareMachine, tdr: int) -> Next:
     """Every association ends on its own LP, then the TD's work."""
     for row in pages(machine, "PT_TDVPR"):
         associated = vcpu(machine, row).lp
@@ -147,12 +147,12 @@ def _next_flush(machine: Machine, tdr: int) -> Next:
     return Next("flush", "TDH.MNG.VPFLUSHDONE", 0, {"rcx": "TDR"})
 
 
-def _next_reclaim(machine: Machine, tdr: int) -> Next:
+def _next_reclaim(machine: BareMachine, tdr: int) -> Next:
     """Any page of the TD but the TDR, which comes last."""
     children = (row for row in views.pamt_rows(machine) if row.owner == tdr)
     hpa = next((row.hpa for row in children if row.page_type != "PT_NDA"), tdr)
     return Next("reclaim", "TDH.PHYMEM.PAGE.RECLAIM", 0, {"rcx": _name(machine, hpa)})
 
 
-def _name(machine: Machine, hpa: int) -> str:
+def _name(machine: BareMachine, hpa: int) -> str:
     return next(name for name, value in owned(machine).items() if value == hpa)

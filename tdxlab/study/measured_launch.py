@@ -19,9 +19,9 @@ from tdxlab.abi import leaves as abi
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.arch import HPA_MASK
+from tdxlab.bare import BareMachine
 from tdxlab.host import Host
 from tdxlab.host_td import HostTd
-from tdxlab.machine import Machine
 from tdxlab.scenarios import booted_machine
 from tdxlab.seam.attest import REPORT_SIZE, TD_INFO_SIZE
 from tdxlab.seam.td import Tdr
@@ -113,7 +113,7 @@ class Built(NamedTuple):
         return self.tape.machine.memory.read(hpa | gpa & 4095, size, self.td.keyid)
 
 
-def build(recipe: Recipe, machine: Machine | None = None) -> Built:
+def build(recipe: Recipe, machine: BareMachine | None = None) -> Built:
     """Build a TD up to TDH.MR.FINALIZE. machine: booted, without TDs; a fresh one if None."""
     return build_on(Tape(machine or booted_machine()), recipe)
 
@@ -168,7 +168,7 @@ def records_done(actions: list[Action]) -> int:
     return sum(action.name in MEASURED_LEAVES for action in actions)
 
 
-def running_digest(machine: Machine, tdr: int) -> str | None:
+def running_digest(machine: BareMachine, tdr: int) -> str | None:
     """SHA-384 over what the module was fed so far, 96 hex digits; None before TDH.MNG.INIT.
 
     Only the lab bench can look at it: the module shows nothing before TDH.MR.FINALIZE.

@@ -27,10 +27,10 @@ from tdxlab.arch import (
     level_size,
     table_index,
 )
+from tdxlab.bare import BareMachine
 from tdxlab.cpu import Translation
 from tdxlab.host import SOURCE_PAGE_BUFFER, Host
 from tdxlab.host_td import HostTd
-from tdxlab.machine import Machine
 from tdxlab.scenarios import booted_machine
 from tdxlab.seam import epochs, sept
 from tdxlab.seam.rules import PT_NDA, SEPT_STATE_BY_BITS, SEPT_STATE_MASK, SEPT_STATES
@@ -123,7 +123,7 @@ class SeptLab:
     top: sept_level of the root's entries.
     """
 
-    def __init__(self, *, gpaw: int = 48, machine: Machine | None = None) -> None:
+    def __init__(self, *, gpaw: int = 48, machine: BareMachine | None = None) -> None:
         self.machine = machine or booted_machine()
         host = Host(self.machine)
         built = HostTd(host, gpaw=gpaw, max_vcpus=1)

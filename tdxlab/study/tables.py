@@ -14,7 +14,7 @@ from tdxlab.abi.leaves import HOST_LEAVES
 from tdxlab.abi.outcome import IN_GUEST
 from tdxlab.abi.status import is_error
 from tdxlab.arch import SEPT_LEVEL_NAMES
-from tdxlab.machine import Machine
+from tdxlab.bare import BareMachine
 from tdxlab.seam.pamt import PAGES_OF_SIZE, SIZE_NAMES
 from tdxlab.seam.rules import (
     OP_STATE_NAMES,
@@ -109,7 +109,7 @@ class HardwareCount(NamedTuple):
 # -- the state of a machine
 
 
-def sept_occupancy(machine: Machine) -> list[SeptCount]:
+def sept_occupancy(machine: BareMachine) -> list[SeptCount]:
     """Entries that are not free, for each TD, level (top first) and state."""
     counts: Counter[tuple[int, int, str]] = Counter()
     for tdr in views.tds(machine):
@@ -121,7 +121,7 @@ def sept_occupancy(machine: Machine) -> list[SeptCount]:
     ]
 
 
-def sept_states(machine: Machine) -> dict[str, int]:
+def sept_states(machine: BareMachine) -> dict[str, int]:
     """S-EPT state -> number of entries in it, over all TDs and levels; used states only."""
     counts: Counter[str] = Counter()
     for row in sept_occupancy(machine):
@@ -129,7 +129,7 @@ def sept_states(machine: Machine) -> dict[str, int]:
     return dict(counts)
 
 
-def pamt_pages(machine: Machine) -> list[PamtCount]:
+def pamt_pages(machine: BareMachine) -> list[PamtCount]:
     """4 KiB pages of each type that is in use; a type without pages has a row with 0.
 
     A 2 MiB page counts as 512, a 1 GiB page as 262144. Free (PT_NDA) and reserved pages are left
@@ -141,12 +141,12 @@ def pamt_pages(machine: Machine) -> list[PamtCount]:
     return [PamtCount(kind, counts[kind]) for kind in USED_PAGE_TYPES]
 
 
-def tds(machine: Machine) -> list[TdRow]:
+def tds(machine: BareMachine) -> list[TdRow]:
     """Every TD that is there, by the HPA of its TDR."""
     return [_td_row(machine, tdr) for tdr in views.tds(machine)]
 
 
-def _td_row(machine: Machine, tdr: int) -> TdRow:
+def _td_row(machine: BareMachine, tdr: int) -> TdRow:
     info = views.td_info(machine, tdr)
     has_control_pages = "op_state" in info and info["lifecycle_state"] != TD_TEARDOWN
     return TdRow(
@@ -160,7 +160,7 @@ def _td_row(machine: Machine, tdr: int) -> TdRow:
     )
 
 
-def keyids(machine: Machine) -> list[KeyOwner]:
+def keyids(machine: BareMachine) -> list[KeyOwner]:
     """Every KeyID that is not free, with the TD that has it.
 
     After TDH.MNG.KEY.FREEID the TD keeps the number in its TDR, and the KeyID is free: no row.
@@ -172,12 +172,12 @@ def keyids(machine: Machine) -> list[KeyOwner]:
     ]
 
 
-def hardware(machine: Machine) -> list[HardwareCount]:
+def hardware(machine: BareMachine) -> list[HardwareCount]:
     """Every hardware counter since the machine was built."""
     return [HardwareCount(name, total) for name, total in machine.trace.hardware().items()]
 
 
-def seamcalls(machine: Machine) -> list[LeafCount]:
+def seamcalls(machine: BareMachine) -> list[LeafCount]:
     """SEAMCALLs of each leaf since the machine was built, in the order of the leaf numbers."""
     refused = machine.trace.refusals()
     return [

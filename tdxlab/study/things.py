@@ -14,8 +14,8 @@ import difflib
 from tdxlab import views
 from tdxlab.abi.leaves import Leaf
 from tdxlab.arch import PAGE_SIZE, SIZE_2M, level_size, sept_levels
+from tdxlab.bare import BareMachine
 from tdxlab.host import SOURCE_PAGE_BUFFER, TD_PARAMS_BUFFER
-from tdxlab.machine import Machine
 from tdxlab.scenarios import CODE_GPA, HEAP_GPA
 from tdxlab.seam.rules import HKID_FREE, PT_NDA
 
@@ -47,7 +47,7 @@ _USUAL = {
 }
 
 
-def things(machine: Machine, gpaw: int) -> dict[str, int]:
+def things(machine: BareMachine, gpaw: int) -> dict[str, int]:
     """Name -> value of everything there is to hand over just now.
 
     gpaw: 48 or 52; decides how many levels of GPA there are. Pages of a type are numbered from 2
@@ -97,7 +97,7 @@ def usual_thing(leaf: Leaf, register: str) -> str:
     return next((thing for part, thing in _USUAL.items() if part in meaning), BY_HAND)
 
 
-def free_page(machine: Machine) -> int | None:
+def free_page(machine: BareMachine) -> int | None:
     """HPA of the lowest 4 KiB page in a TDMR that is free; None if none is."""
     pamt = machine.module.pamt
     for tdmr in machine.platform.tdmrs:
@@ -110,7 +110,7 @@ def free_page(machine: Machine) -> int | None:
     return None
 
 
-def owned(machine: Machine) -> dict[str, int]:
+def owned(machine: BareMachine) -> dict[str, int]:
     """Every page in use by its type and number, and each TD's KeyID."""
     found: dict[str, int] = {}
     counts: dict[str, int] = {}
@@ -126,7 +126,7 @@ def owned(machine: Machine) -> dict[str, int]:
     return found
 
 
-def _free(machine: Machine) -> dict[str, int]:
+def _free(machine: BareMachine) -> dict[str, int]:
     """What is free: pages and KeyIDs; and KeyIDs that are not to be had."""
     found: dict[str, int] = {}
     hpa = free_page(machine)
@@ -145,7 +145,7 @@ def _free(machine: Machine) -> dict[str, int]:
     return found | {"module's KeyID": machine.platform.global_keyid, "shared KeyID": low - 1}
 
 
-def _free_2m(machine: Machine) -> int | None:
+def _free_2m(machine: BareMachine) -> int | None:
     """HPA of the lowest 2 MiB range of a TDMR without a page in use; None if there is none."""
     pamt = machine.module.pamt
     for tdmr in machine.platform.tdmrs:

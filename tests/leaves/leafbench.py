@@ -12,10 +12,10 @@ from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import describe
 from tdxlab.abi.structs import make_td_params
+from tdxlab.bare import BareMachine
 from tdxlab.hardware import Platform, Region, TdmrPlan, default_platform
 from tdxlab.host import Host
 from tdxlab.journal import Words
-from tdxlab.machine import Machine
 from tdxlab.seam.pamt import PamtEntry
 from tdxlab.seam.td import Td, Tdcs, Tdr, Tdvps
 
@@ -94,7 +94,7 @@ class Bench:
     """
 
     def __init__(self, platform: Platform = PLATFORM, *, boot: bool = True) -> None:
-        self.machine = Machine(platform)
+        self.machine = BareMachine(platform)
         if boot:
             Host(self.machine).boot()
         self._mark = self.machine.mark()

@@ -1,6 +1,7 @@
-"""One machine: everything that belongs together, and the doors between host, module and guest.
+"""A machine without an operating system: what belongs together, and the doors between host, module
+and guest.
 
-    machine = Machine()                               # default_platform()
+    machine = BareMachine()                               # default_platform()
     status = machine.seamcall(0, leaf, registers)     # the host calls the module
     outcome = machine.tdcall(0, leaf, registers)      # the guest inside LP 0 does
     machine.touch(0, gpa, write=True)                 # ... or uses memory
@@ -27,7 +28,7 @@ from tdxlab.trace import Trace
 _LINEAR_ADDRESS_VALID = 1 << 7 | 1 << 8
 
 
-class Machine:
+class BareMachine:
     """Host RAM, processors and a TDX module that nobody has initialised yet.
 
     platform: the hardware, `default_platform()` if None. encrypted: False for a machine whose
