@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar, overload
 
 _ABSENT = object()
 _CHUNK = 4096
@@ -308,6 +308,50 @@ class Table(dict[Any, Any]):
         """Everything a digest must see; order of insertion does not count."""
         for line in sorted(f"{key!r}={_text(value)}" for key, value in self.items()):
             yield line.encode()
+
+
+class HasFields(Protocol):
+    """An object whose `Field` attributes live in a `Table`."""
+
+    fields: Table
+
+
+T = TypeVar("T")
+
+
+class Field(Generic[T]):
+    """An attribute that a journal can take back. Its owner keeps a `Table` named `fields`.
+
+        class Counter:
+            count = Field(0)
+
+            def __init__(self, journal: Journal) -> None:
+                self.fields = Table(journal)
+
+    default: what it reads as before it is set. Values must be immutable: assign new ones.
+    """
+
+    __slots__ = ("default", "name")
+
+    def __init__(self, default: T) -> None:
+        self.default = default
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> Self: ...
+    @overload
+    def __get__(self, owner: HasFields, kind: type) -> T: ...
+    def __get__(self, owner: HasFields | None, kind: type) -> Self | T:
+        if owner is None:
+            return self
+        value: T = owner.fields.get(self.name, self.default)
+        return value
+
+    def __set__(self, owner: HasFields, value: T) -> None:
+        owner.fields.put(self.name, value)
 
 
 def _now(target: Any, key: Any) -> Any:

@@ -20,11 +20,29 @@ Step = tuple[Any, ...]
 Operation = Generator[Step, None, Any]
 
 
+#: Label of a step that cannot go on until another operation has moved: ("wait", for what, ...).
+WAIT = "wait"
+
+
+class Deadlock(RuntimeError):
+    """An operation waits, and nobody is there who could end the wait. `step`: what it waits for."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__(f"waits for ever: {step[1:]}")
+        self.step = step
+
+
 def run(operation: Operation) -> Any:
-    """Drive one operation to its end with nobody in between; returns what it returns."""
+    """Drive one operation to its end with nobody in between; returns what it returns.
+
+    Raises Deadlock if it waits for somebody else.
+    """
     try:
         while True:
-            next(operation)
+            step = next(operation)
+            if step[0] == WAIT:
+                operation.close()
+                raise Deadlock(step)
     except StopIteration as end:
         return end.value
 

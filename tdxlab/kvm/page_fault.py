@@ -1,0 +1,91 @@
+"""struct kvm_page_fault: one fault on its way, and what can come of it.
+
+Source: Linux 6.16, arch/x86/kvm/mmu/mmu_internal.h; arch/x86/include/asm/kvm_host.h (PFERR_*).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tdxlab.kvm.slots import Slot
+
+# -- what a fault handler returns; negative numbers are -errno
+
+RET_PF_CONTINUE = 0
+RET_PF_RETRY = 1
+RET_PF_EMULATE = 2
+RET_PF_WRITE_PROTECTED = 3
+RET_PF_INVALID = 4
+RET_PF_FIXED = 5
+RET_PF_SPURIOUS = 6
+
+RET_PF_NAMES = {
+    RET_PF_CONTINUE: "RET_PF_CONTINUE",
+    RET_PF_RETRY: "RET_PF_RETRY",
+    RET_PF_EMULATE: "RET_PF_EMULATE",
+    RET_PF_WRITE_PROTECTED: "RET_PF_WRITE_PROTECTED",
+    RET_PF_INVALID: "RET_PF_INVALID",
+    RET_PF_FIXED: "RET_PF_FIXED",
+    RET_PF_SPURIOUS: "RET_PF_SPURIOUS",
+}
+
+# -- error code bits
+
+PFERR_PRESENT_MASK = 1 << 0
+PFERR_WRITE_MASK = 1 << 1
+PFERR_USER_MASK = 1 << 2
+PFERR_RSVD_MASK = 1 << 3
+PFERR_FETCH_MASK = 1 << 4
+PFERR_GUEST_FINAL_MASK = 1 << 32
+#: Synthetic: the access is to private memory.
+PFERR_PRIVATE_ACCESS = 1 << 49
+
+#: pfn of a gfn that no memslot backs. Source: kvm_host.h, KVM_PFN_NOSLOT.
+KVM_PFN_NOSLOT = 1 << 63
+#: pfn of a lookup that failed. Source: kvm_host.h, KVM_PFN_ERR_FAULT.
+KVM_PFN_ERR_FAULT = 0x7FF << 52
+
+
+@dataclass(slots=True)
+class PageFault:
+    """One fault. addr: GPA as the CPU saw it, shared bit included. gfn: without the shared bit.
+
+    max_level: the greatest level that may be mapped; req_level: what the host's page would allow;
+    goal_level: what will be mapped. mmu_seq: `mmu_invalidate_seq` when the pfn was looked up.
+    """
+
+    addr: int
+    error_code: int
+    prefetch: bool
+    execute: bool
+    write: bool
+    present: bool
+    rsvd: bool
+    is_private: bool
+    gfn: int = 0
+    slot: Slot | None = None
+    max_level: int = 3
+    req_level: int = 1
+    goal_level: int = 1
+    nx_huge_page_workaround_enabled: bool = False
+    huge_page_disallowed: bool = False
+    mmu_seq: int = 0
+    pfn: int = KVM_PFN_ERR_FAULT
+    map_writable: bool = False
+    write_fault_to_shadow_pgtable: bool = False
+
+    @classmethod
+    def from_error_code(cls, addr: int, error_code: int, *, prefetch: bool = False) -> PageFault:
+        """The fault that `error_code` (PFERR_* bits) describes."""
+        return cls(
+            addr=addr,
+            error_code=error_code,
+            prefetch=prefetch,
+            execute=bool(error_code & PFERR_FETCH_MASK),
+            write=bool(error_code & PFERR_WRITE_MASK),
+            present=bool(error_code & PFERR_PRESENT_MASK),
+            rsvd=bool(error_code & PFERR_RSVD_MASK),
+            is_private=bool(error_code & PFERR_PRIVATE_ACCESS),
+        )
