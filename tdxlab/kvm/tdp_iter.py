@@ -1,0 +1,208 @@
+"""The walker of one TDP page table: every entry of a gfn range, parents before their children.
+
+The walk stands at one entry at a time and may be interrupted there: a walker that lets go of
+mmu_lock marks its iterator as yielded, and the walk then starts again from the root, at the gfn
+that it wanted to visit next. Non-present entries are visited too.
+
+Source: Linux 6.16, arch/x86/kvm/mmu/tdp_iter.c and tdp_iter.h; tdp_mmu.c for the yielding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+from tdxlab.arch import ENTRIES_PER_TABLE, LEVEL_BITS, PAGE_SHIFT
+from tdxlab.kvm.role import IS_MIRROR, LEVEL_MASK, Role
+from tdxlab.kvm.spte import PT_PAGE_SIZE_MASK, SPTE_MMU_PRESENT_MASK
+from tdxlab.kvm.vm import MmuPage, Vm
+from tdxlab.steps import Step
+
+#: Levels that a root can have. Source: PT64_ROOT_MAX_LEVEL.
+MAX_ROOT_LEVEL = 5
+
+_LAST = ENTRIES_PER_TABLE - 1
+_LINK_BITS = SPTE_MMU_PRESENT_MASK | PT_PAGE_SIZE_MASK
+
+
+class TdpIter:
+    """struct tdp_iter: where a walk of one root stands.
+
+    gfn: first frame of the entry, without gfn_bits; level: of the entry. gfn_bits: bits that are
+    set in every gfn when it is looked up in this root. min_level: the lowest level to visit.
+    word: index of the entry in `vm.memory.words`; old_spte: its value when it was last read.
+    next_last_level_gfn: gfn that the walk is heading for; yielded_gfn: what that was when the walk
+    last started. yielded: set by who let go of the lock at this entry; the walk starts again.
+    valid: False when the walk has left the table, or could not begin. is_mirror: it is a mirror's.
+    """
+
+    __slots__ = (
+        "as_id",
+        "gfn",
+        "gfn_bits",
+        "is_mirror",
+        "level",
+        "min_level",
+        "next_last_level_gfn",
+        "old_spte",
+        "root",
+        "root_level",
+        "valid",
+        "vm",
+        "word",
+        "yielded",
+        "yielded_gfn",
+    )
+
+    def __init__(self, vm: Vm, root: MmuPage, min_level: int, gfn: int, gfn_bits: int) -> None:
+        """Ready to walk `root` from `gfn` on; invalid, with a warning, if that cannot be.
+
+        Source: tdp_iter.c, tdp_iter_start.
+        """
+        role = root.role
+        self.vm = vm
+        self.root = root
+        self.root_level = self.level = role & LEVEL_MASK
+        self.min_level = min_level
+        self.gfn = self.next_last_level_gfn = self.yielded_gfn = gfn
+        self.gfn_bits = gfn_bits
+        self.as_id = int(bool(role & Role.smm.mask))
+        self.is_mirror = bool(role & IS_MIRROR)
+        self.word = -1
+        self.old_spte = 0
+        self.yielded = False
+        self.valid = True
+        if not 1 <= self.root_level <= MAX_ROOT_LEVEL or (gfn_bits and gfn >= gfn_bits):
+            vm.warn(f"tdp_iter_start: gfn {gfn:#x} or its root's level cannot be walked")
+            self.valid = False
+
+    def __repr__(self) -> str:
+        return f"gfn {self.gfn:#x} at level {self.level}: {self.old_spte:#x}"
+
+    def walk(self, end: int) -> Iterator[TdpIter]:
+        """Go on to each entry in turn and give this iterator, while its gfn is below `end`.
+
+        Source: tdp_iter.c, tdp_iter_next and what it tries: down, then sideways, then up.
+        """
+        view = self.vm.memory.words.view
+        frames = self.vm.memory.frames
+        address_mask = self.vm.masks.address
+        gfn_bits, min_level = self.gfn_bits, self.min_level
+        table = [0] * (MAX_ROOT_LEVEL + 1)  # word index of the table at each level
+        while self.valid:
+            level, word = self._restart(table)
+            while self.gfn < end:
+                yield self
+                if self.yielded:
+                    break
+                spte = view[word]
+                if level != min_level and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
+                    level -= 1
+                    table[level] = base = frames[(spte & address_mask) >> PAGE_SHIFT]
+                    shift = LEVEL_BITS * (level - 1)
+                    self.level = level
+                    self.gfn = gfn = self.next_last_level_gfn >> shift << shift
+                    self.word = word = base + (((gfn | gfn_bits) >> shift) & _LAST)
+                    self.old_spte = view[word]
+                    continue
+                if word & _LAST == _LAST:
+                    level = self._step_up(table, level)
+                    if not self.valid:
+                        return
+                    word = self.word
+                self.word = word = word + 1
+                self.gfn = self.next_last_level_gfn = self.gfn + (1 << LEVEL_BITS * (level - 1))
+                self.old_spte = view[word]
+            else:
+                return
+
+    def _restart(self, table: list[int]) -> tuple[int, int]:
+        """Stand at the root entry above the goal. Source: tdp_iter.c, tdp_iter_restart."""
+        self.yielded = False
+        self.yielded_gfn = self.next_last_level_gfn
+        memory = self.vm.memory
+        level = self.root_level
+        shift = LEVEL_BITS * (level - 1)
+        table[level] = base = memory.frames[self.root.spt >> PAGE_SHIFT]
+        self.level = level
+        self.gfn = gfn = self.next_last_level_gfn >> shift << shift
+        self.word = word = base + (((gfn | self.gfn_bits) >> shift) & _LAST)
+        self.old_spte = memory.words.view[word]
+        return level, word
+
+    def _step_up(self, table: list[int], level: int) -> int:
+        """From the last entry of a table, up to an entry that has a next one in its table; from the
+        root's last entry out of it, which ends the walk. Source: tdp_iter.c, try_step_up.
+        """
+        word = self.word
+        while word & _LAST == _LAST and level < self.root_level:
+            level += 1
+            shift = LEVEL_BITS * (level - 1)
+            self.gfn = gfn = self.gfn >> shift << shift
+            self.word = word = table[level] + (((gfn | self.gfn_bits) >> shift) & _LAST)
+        self.level = level
+        self.old_spte = self.vm.memory.words.view[word]
+        self.valid = word & _LAST != _LAST
+        return level
+
+
+def gfn_root_bits(vm: Vm, root: MmuPage) -> int:
+    """Bits set in every gfn that is looked up in `root`: the direct bits of a direct root of a TD.
+
+    Source: mmu_internal.h, kvm_gfn_root_bits.
+    """
+    return 0 if root.role & IS_MIRROR else vm.gfn_direct_bits
+
+
+def tdp_mmu_max_gfn_exclusive(vm: Vm) -> int:
+    """The first gfn that no walk reaches. Source: tdp_mmu.c, tdp_mmu_max_gfn_exclusive."""
+    return vm.params.max_gfn + 1
+
+
+def for_each_tdp_pte_min_level(
+    vm: Vm, root: MmuPage, min_level: int, start: int, end: int
+) -> Iterator[TdpIter]:
+    """Visit the entries of `root` at `min_level` and above that cover gfns from start to end - 1.
+
+    The same TdpIter is given at every position. Source: tdp_iter.h.
+    """
+    return TdpIter(vm, root, min_level, start, gfn_root_bits(vm, root)).walk(end)
+
+
+def for_each_tdp_pte(vm: Vm, root: MmuPage, start: int, end: int) -> Iterator[TdpIter]:
+    """Visit the entries of `root`, at all levels, that cover gfns from start to end - 1."""
+    return TdpIter(vm, root, 1, start, gfn_root_bits(vm, root)).walk(end)
+
+
+def for_each_tdp_pte_min_level_all(vm: Vm, root: MmuPage, min_level: int) -> Iterator[TdpIter]:
+    """Visit all of `root` at `min_level` and above. Nothing is added to the gfns: in a direct root
+    of a TD those of the upper half carry the shared bit. Source: tdp_iter.h.
+    """
+    return TdpIter(vm, root, min_level, 0, 0).walk(tdp_mmu_max_gfn_exclusive(vm))
+
+
+def tdp_mmu_iter_cond_resched(
+    vm: Vm, it: TdpIter, flush: bool, mode: str
+) -> Generator[Step, None, bool]:
+    """Let others have mmu_lock if they want it, unless the walk has not moved since it started.
+
+    flush: TLBs are still to be flushed, which happens before the lock goes. mode: in which the lock
+    is held, locks.READ or WRITE. Returns True if the lock was given up: then go on to the next
+    position at once, without a look at `it`, and with nothing left to flush.
+    Source: tdp_mmu.c, tdp_mmu_iter_cond_resched.
+    """
+    if it.yielded:
+        vm.warn("tdp_mmu_iter_cond_resched: the iterator has yielded already")
+    wanted = vm.need_resched is not None and vm.need_resched()
+    if not wanted and not vm.mmu_lock.is_contended:
+        return False
+    if it.next_last_level_gfn == it.yielded_gfn:
+        return False
+    if flush:
+        vm.flush_remote_tlbs()
+    vm.emit("yield", mode)
+    vm.mmu_lock.unlock(mode)
+    yield from vm.mmu_lock.lock(mode)
+    if it.gfn > it.next_last_level_gfn:
+        vm.warn(f"tdp_mmu_iter_cond_resched: gfn {it.gfn:#x} is beyond the goal")
+    it.yielded = True
+    return True
