@@ -29,6 +29,10 @@ class PageSource(Protocol):
         """The page is free again."""
         ...
 
+    def leak(self, hpa: int, why: str) -> None:
+        """The page will never come back. why: the failure that leaked it."""
+        ...
+
 
 class HostPages:
     """The free pages of some regions of RAM. Never touched ones are handed out in ascending order,

@@ -193,6 +193,8 @@ class Vm:
         self.fields = Table(journal)
         self.sps = Table(journal)
         self.root_count = Table(journal)
+        #: tables that stand where an executable large page could, oldest first: HPA -> None
+        self.possible_nx_huge_pages = Table(journal)
         self.listener: Callable[[tuple[Any, ...]], None] | None = None
         self.need_resched: Callable[[], bool] | None = None
         self.is_mmio_pfn: Callable[[int], bool] = lambda pfn: False
@@ -281,6 +283,10 @@ class Vm:
             vcpu.make_request("TLB_FLUSH")
         self.add_stat("remote_tlb_flush_requests", 1)
         self.add_stat("remote_tlb_flush", 1)
+
+    def flush_remote_tlbs_gfn(self, gfn: int, level: int) -> None:
+        """Flush what one entry at `level` covers. Source: mmu_internal.h."""
+        self.flush_remote_tlbs_range(round_gfn(gfn, level), pages_per_level(level))
 
     # -- page-table pages
 
