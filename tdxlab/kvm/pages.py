@@ -43,23 +43,26 @@ class HostPages:
 
     _next = Field(0)
     _region = Field(0)
+    regions: Field[tuple[Region, ...]] = Field(())
 
     def __init__(self, journal: Journal, regions: Sequence[Region]) -> None:
         self.fields = Table(journal)
         self.in_use = Table(journal)
         self.leaked = Table(journal)
-        self._regions = tuple(regions)
+        self.regions = tuple(regions)
+        self._total = sum(region.size for region in regions) // PAGE_SIZE
         self._returned = Table(journal)
 
     @property
     def total(self) -> int:
         """Pages in all."""
-        return sum(region.size for region in self._regions) // PAGE_SIZE
+        return self._total
 
     @property
     def free(self) -> int:
         """Pages that can still be had."""
-        return self.total - len(self.in_use) - len(self.leaked)
+        contiguous = self.total - sum(region.size for region in self.regions) // PAGE_SIZE
+        return self.total - contiguous - len(self.in_use) - len(self.leaked)
 
     def alloc_page(self, use: str) -> int:
         """HPA of a free 4 KiB page, or NO_PAGE."""
@@ -75,6 +78,20 @@ class HostPages:
         self.in_use.drop(hpa)
         self._returned.put(hpa, None)
 
+    def alloc_contig_pages(self, size: int, near: Region) -> int:
+        """HPA of `size` contiguous bytes for good, from the end of a region that touches `near`, or
+        NO_PAGE. Source: mm/page_alloc.c, alloc_contig_pages. Differs: only never touched pages
+        behind all others are taken.
+        """
+        for number, region in reversed(list(enumerate(self.regions))):
+            used = self._next if number == self._region else 0
+            room = region.size - used if number >= self._region else 0
+            if size <= room and region.overlaps(near.base, near.size):
+                shorter = Region(region.base, region.size - size)
+                self.regions = (*self.regions[:number], shorter, *self.regions[number + 1 :])
+                return shorter.end
+        return NO_PAGE
+
     def leak(self, hpa: int, why: str) -> None:
         """The page is out and will never come back. why: the failure that leaked it."""
         self.in_use.drop(hpa)
@@ -85,8 +102,8 @@ class HostPages:
             hpa = next(reversed(self._returned))
             self._returned.drop(hpa)
             return int(hpa)
-        while self._region < len(self._regions):
-            region = self._regions[self._region]
+        while self._region < len(self.regions):
+            region = self.regions[self._region]
             hpa = region.base + self._next
             if hpa < region.end:
                 self._next += PAGE_SIZE

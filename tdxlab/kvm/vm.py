@@ -29,6 +29,11 @@ from tdxlab.memory import Memory
 #: "No root": what root_hpa and mirror_root_hpa hold before the MMU is loaded.
 INVALID_PAGE = -1
 
+# -- modes of a vCPU. Source: kvm_host.h
+
+OUTSIDE_GUEST_MODE = "OUTSIDE_GUEST_MODE"
+IN_GUEST_MODE = "IN_GUEST_MODE"
+
 #: VM statistics, in the order of their words. Source: struct kvm_vm_stat. pt_pages counts linked
 #: page-table pages, roots not among them; pt_pages_mirror those of them that are in a mirror.
 VM_STATS = (
@@ -98,7 +103,8 @@ class Vcpu:
     root_hpa, mirror_root_hpa: HPA of the direct and of the mirror root, INVALID_PAGE without one.
     root_role: role that a direct root for this vCPU has. requests: names of pending KVM_REQ_*.
     memory_fault: what user space would find in kvm_run after -EFAULT. page_cache,
-    external_spt_cache: pages kept ready for a fault (struct kvm_mmu_memory_cache).
+    external_spt_cache: pages kept ready for a fault (struct kvm_mmu_memory_cache). cpu: LP on which
+    it was loaded last, -1 before. mode: IN_GUEST_MODE from just before it enters until it has left.
     """
 
     root_hpa = Field(INVALID_PAGE)
@@ -108,6 +114,8 @@ class Vcpu:
     page_cache: Field[tuple[int, ...]] = Field(())
     external_spt_cache: Field[tuple[int, ...]] = Field(())
     signal_pending = Field(False)
+    cpu = Field(-1)
+    mode: Field[str] = Field(OUTSIDE_GUEST_MODE)
 
     def __init__(self, vm: Vm, vcpu_id: int) -> None:
         self.vm = vm
@@ -152,7 +160,8 @@ class Vm:
     root_count: HPA of a root -> its refcount. listener: called with every event, a tuple
     (name, values...); None while nobody listens. need_resched: asked by walkers whether to yield;
     None means never. is_mmio_pfn: says of a frame number whether it is a device's and not RAM.
-    vendor: runs the vCPUs. slots, attributes, guest_memory, user_memory: see their files.
+    vendor: runs the vCPUs. kick_vcpus: interrupts those in the guest after a request for all; None
+    where nobody runs any. slots, attributes, guest_memory, user_memory: see their files.
     """
 
     tdp_mmu_roots: Field[tuple[int, ...]] = Field(())
@@ -201,6 +210,7 @@ class Vm:
         self._stats = Words(journal, len(VM_STATS))
         self._rcu_pending = Table(journal)
         self.vendor: Vendor = PlainVendor()
+        self.kick_vcpus: Callable[[], None] | None = None
         self.has_mirrored_tdp = self.features.has_mirrored_tdp
         self.pre_fault_allowed = self.features.pre_fault_allowed
         self.gfn_direct_bits = config.gfn_direct_bits
@@ -255,12 +265,11 @@ class Vm:
     def make_all_cpus_request(self, request: str) -> None:
         """Leave `request` with every vCPU.
 
-        Source: kvm_main.c, kvm_make_all_cpus_request. Differs: who must be kicked out of the guest
-        for it, the back end kicks.
+        Source: kvm_main.c, kvm_make_all_cpus_request. Differs: it does not wait until those that it
+        interrupts have taken the interrupt; what must wait goes through the vendor's kick_all.
         """
         self.emit("kvm_make_all_cpus_request", request)
-        for vcpu in self.vcpus:
-            vcpu.make_request(request)
+        self._request_all(request)
 
     def flush_remote_tlbs(self) -> None:
         """Every vCPU flushes its TLB before it enters the guest again.
@@ -269,8 +278,7 @@ class Vm:
         """
         self.emit("kvm_flush_remote_tlbs")
         self.add_stat("remote_tlb_flush_requests", 1)
-        for vcpu in self.vcpus:
-            vcpu.make_request("TLB_FLUSH")
+        self._request_all("TLB_FLUSH")
         self.add_stat("remote_tlb_flush", 1)
 
     def flush_remote_tlbs_range(self, gfn: int, nr_pages: int) -> None:
@@ -279,14 +287,19 @@ class Vm:
         Source: kvm_main.c, kvm_flush_remote_tlbs_range; kvm_host.h (only KVM on Hyper-V can).
         """
         self.emit("kvm_flush_remote_tlbs_range", gfn, nr_pages)
-        for vcpu in self.vcpus:
-            vcpu.make_request("TLB_FLUSH")
+        self._request_all("TLB_FLUSH")
         self.add_stat("remote_tlb_flush_requests", 1)
         self.add_stat("remote_tlb_flush", 1)
 
     def flush_remote_tlbs_gfn(self, gfn: int, level: int) -> None:
         """Flush what one entry at `level` covers. Source: mmu_internal.h."""
         self.flush_remote_tlbs_range(round_gfn(gfn, level), pages_per_level(level))
+
+    def _request_all(self, request: str) -> None:
+        for vcpu in self.vcpus:
+            vcpu.make_request(request)
+        if self.kick_vcpus is not None:
+            self.kick_vcpus()
 
     # -- page-table pages
 
