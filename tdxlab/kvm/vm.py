@@ -114,6 +114,8 @@ class Vcpu:
     page_cache: Field[tuple[int, ...]] = Field(())
     external_spt_cache: Field[tuple[int, ...]] = Field(())
     signal_pending = Field(False)
+    mmio_gfn = Field(0)
+    mmio_gen = Field(0)
     cpu = Field(-1)
     mode: Field[str] = Field(OUTSIDE_GUEST_MODE)
 

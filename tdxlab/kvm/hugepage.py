@@ -1,0 +1,56 @@
+"""How large a page one fault may map.
+
+Three things lower the level: what the pfn lookup said (guest_memfd gives 4 KiB pages), what the
+slot allows around this gfn, and the iTLB multihit workaround, under which nothing executable is
+mapped large.
+
+Source: Linux 6.16, arch/x86/kvm/mmu/mmu.c.
+"""
+
+from __future__ import annotations
+
+from tdxlab.kvm import lpage
+from tdxlab.kvm.page_fault import KVM_PFN_ERR_FAULT, KVM_PFN_NOSLOT, PageFault
+from tdxlab.kvm.spte import PT_PAGE_SIZE_MASK, SPTE_MMU_PRESENT_MASK
+from tdxlab.kvm.vm import Vcpu, Vm, pages_per_level
+
+_ERROR_OR_NOSLOT = KVM_PFN_ERR_FAULT | KVM_PFN_NOSLOT
+
+
+def kvm_mmu_hugepage_adjust(vcpu: Vcpu, fault: PageFault) -> None:
+    """Choose `goal_level`, and round the pfn down to it; mmu_lock held for read.
+
+    req_level is what could be mapped if instruction fetches were not to be kept off large pages.
+    Leaves 4 KiB where max_level is 4 KiB, where there is no page, and where writes are logged.
+    Source: kvm_mmu_hugepage_adjust.
+    """
+    fault.huge_page_disallowed = fault.execute and fault.nx_huge_page_workaround_enabled
+    slot = fault.slot
+    if fault.max_level == 1 or fault.pfn & _ERROR_OR_NOSLOT or slot is None:
+        return
+    if slot.is_dirty_tracked:
+        return
+    fault.req_level = lpage.max_mapping_level(
+        vcpu.vm, slot, fault.gfn, fault.max_level, fault.is_private
+    )
+    if fault.req_level == 1 or fault.huge_page_disallowed:
+        return
+    fault.goal_level = fault.req_level
+    mask = pages_per_level(fault.goal_level) - 1
+    if (fault.gfn ^ fault.pfn) & mask:
+        vcpu.vm.warn("kvm_mmu_hugepage_adjust: gfn and pfn are aligned differently")
+    fault.pfn &= ~mask
+
+
+def disallowed_hugepage_adjust(vm: Vm, fault: PageFault, spte: int, level: int) -> None:
+    """Go one level deeper where a table stands in for a large page that must not be executable.
+
+    spte, level: of the entry that the walk has reached. Source: disallowed_hugepage_adjust.
+    """
+    if level == 1 or level != fault.goal_level:
+        return
+    if not spte & SPTE_MMU_PRESENT_MASK or spte & PT_PAGE_SIZE_MASK:
+        return
+    if vm.sp_of(spte).nx_huge_page_disallowed:
+        fault.pfn |= fault.gfn & (pages_per_level(level) - pages_per_level(level - 1))
+        fault.goal_level = level - 1
