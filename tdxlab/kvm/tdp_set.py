@@ -356,7 +356,12 @@ def unlink_sp(vm: Vm, sp: MmuPage) -> None:
     """A table is no longer linked: neither counted nor watched. Source: tdp_mmu_unlink_sp."""
     vm.account_table(sp, -1)
     if sp.nx_huge_page_disallowed:
-        vm.sps.put(sp.spt, sp._replace(nx_huge_page_disallowed=False))
-        if sp.spt in vm.possible_nx_huge_pages:
-            vm.possible_nx_huge_pages.drop(sp.spt)
-            vm.add_stat("nx_lpage_splits", -1)
+        unaccount_nx_huge_page(vm, sp)
+
+
+def unaccount_nx_huge_page(vm: Vm, sp: MmuPage) -> None:
+    """The table no longer stands for an executable large page. Source: mmu.c."""
+    vm.sps.put(sp.spt, sp._replace(nx_huge_page_disallowed=False))
+    if sp.spt in vm.possible_nx_huge_pages:
+        vm.possible_nx_huge_pages.drop(sp.spt)
+        vm.add_stat("nx_lpage_splits", -1)
