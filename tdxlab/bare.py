@@ -13,12 +13,20 @@ from __future__ import annotations
 
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
-from tdxlab.arch import EPT_READ, EPT_WRITE, HPA_MASK, PAGE_SIZE, shared_bit
-from tdxlab.cpu import Cpu, EptViolation, Translation
+from tdxlab.arch import EPT_EXECUTE, EPT_READ, EPT_WRITE, HPA_MASK, PAGE_SIZE
+from tdxlab.cpu import Cpu, EptMisconfiguration, EptViolation, Translation, Walked
 from tdxlab.hardware import Platform, default_platform
 from tdxlab.journal import Journal, Mark
-from tdxlab.memory import Memory
-from tdxlab.seam.exits import EXIT_EPT_VIOLATION, EXIT_INTERRUPT, EXIT_TDCALL
+from tdxlab.memory import MachineCheck, Memory
+from tdxlab.seam.exits import (
+    EXIT_EPT_MISCONFIGURATION,
+    EXIT_EPT_VIOLATION,
+    EXIT_EXCEPTION,
+    EXIT_INTERRUPT,
+    EXIT_TDCALL,
+    Guest,
+    inject_ve,
+)
 from tdxlab.seam.guest import DEFAULT_INTERRUPTION
 from tdxlab.seam.module import Module
 from tdxlab.seam.td import GPR_NAMES, Td, Tdcs, Tdvps
@@ -26,6 +34,8 @@ from tdxlab.steps import Operation
 from tdxlab.trace import Trace
 
 _LINEAR_ADDRESS_VALID = 1 << 7 | 1 << 8
+#: Interruption information of a machine check: a hardware exception on vector 18.
+_MACHINE_CHECK = 0x8000_0312
 
 
 class BareMachine:
@@ -137,16 +147,24 @@ class BareMachine:
         return rax, Registers(**named)
 
     def touch(
-        self, lp: int, gpa: int, *, write: bool = False, rip: int | None = None
+        self,
+        lp: int,
+        gpa: int,
+        *,
+        write: bool = False,
+        fetch: bool = False,
+        rip: int | None = None,
     ) -> Translation | GuestOutcome:
-        """The guest inside `lp` reads or writes one byte at `gpa`.
+        """The guest inside `lp` reads, writes or executes (`fetch`) one byte at `gpa`.
 
-        Returns the translation, or what an EPT violation led to. A page translated once stays in
-        the LP's TLB.
+        Returns the translation, or what an EPT violation led to: a TD exit, or an exception that
+        waits for the guest (`take_exception`). A page translated once stays in the LP's TLB.
+        Private memory is found in the Secure EPT, shared memory in the EPT that the host has given
+        for it.
         Refuses an LP without a guest, a negative GPA, a GPA beyond the guest's address width:
         ValueError.
-        Differs: shared memory has no tables before a host MMU gives it some, so every shared access
-        is a violation.
+        Differs: before the host gives one, every shared access is a violation; the CPU would walk
+        the page that TDH.VP.INIT put in its place.
         """
         self.module.require_guest(lp)
         td = Td(self.memory, self.cpu.tdr_inside(lp))
@@ -158,24 +176,95 @@ class BareMachine:
                 f"GPA {gpa:#x} is not in this guest's address space; "
                 f"allowed are 0..{(1 << gpaw) - 1:#x} (GPAW {gpaw})"
             )
-        access = EPT_READ | EPT_WRITE if write else EPT_READ
-        eptp = view[td.tdcs + Tdcs.EPTP]
-        if gpa >> shared_bit(gpaw):
-            result: Translation | EptViolation = EptViolation(gpa, access)
-        else:
-            result = self.cpu.access(lp, eptp & HPA_MASK, eptp >> 3 & 7, gpa, access)
+        access = EPT_EXECUTE if fetch else EPT_READ | EPT_WRITE if write else EPT_READ
+        root = view[td.tdcs + Tdcs.EPTP]
+        tag, level = root & HPA_MASK, root >> 3 & 7
+        if gpa >> gpaw - 1:
+            root = self._shared_root(lp)
+        result: Walked = EptViolation(gpa, access, True)
+        if root:
+            result = self.cpu.access(lp, root & HPA_MASK, level, gpa, access, tag=tag)
         if isinstance(result, Translation):
             return result
+        return self._not_translated(lp, result, rip)
+
+    def _shared_root(self, lp: int) -> int:
+        """HPA of the EPT for shared memory that the host gave the vCPU inside `lp`, 0 for none."""
+        view = self.memory.words.view
+        page = self.memory.frame(self.cpu.vcpu_inside(lp))
+        root, initial = view[page + Tdvps.SHARED_EPTP], view[page + Tdvps.PAGE_PA + 4]
+        return 0 if root == initial & HPA_MASK else root
+
+    def _not_translated(
+        self, lp: int, result: EptViolation | EptMisconfiguration, rip: int | None
+    ) -> GuestOutcome:
+        """The CPU's answer to an access that the EPT does not serve: a #VE if the entry allows one
+        and the guest has read the last one's information, else a VM exit.
+        """
         rax, registers = self.guest_registers(lp)
+        if isinstance(result, EptMisconfiguration):
+            reason = EXIT_EPT_MISCONFIGURATION
+            return self.vm_exit(lp, reason, registers, rax=rax, gpa=result.gpa, rip=rip)
+        qualification = result.qualification | _LINEAR_ADDRESS_VALID
+        if not result.suppress_ve:
+            guest = Guest(self.module, lp, rax, registers)
+            if not guest.field(Tdvps.VE_VALID):
+                reason = EXIT_EPT_VIOLATION
+                return inject_ve(guest, reason, qualification=qualification, gpa=result.gpa)
         return self.vm_exit(
             lp,
             EXIT_EPT_VIOLATION,
             registers,
             rax=rax,
-            qualification=result.qualification | _LINEAR_ADDRESS_VALID,
-            gpa=gpa,
+            qualification=qualification,
+            gpa=result.gpa,
             rip=rip,
         )
+
+    def read_guest(self, lp: int, gpa: int, size: int) -> bytes | GuestOutcome:
+        """The guest inside `lp` reads `size` bytes of one page at `gpa`.
+
+        Returns the bytes, or what the access led to; see `touch`. A poisoned line ends the TD.
+        Refuses what `touch` refuses, and bytes of more than one page: ValueError.
+        """
+        _require_one_page(gpa, size)
+        found = self.touch(lp, gpa)
+        if isinstance(found, GuestOutcome):
+            return found
+        try:
+            return self.memory.read(found.hpa, size, self._keyid(lp, gpa))
+        except MachineCheck:
+            return self._machine_check(lp)
+
+    def write_guest(self, lp: int, gpa: int, data: bytes) -> Translation | GuestOutcome:
+        """The guest inside `lp` writes `data` into one page at `gpa`; as `read_guest`."""
+        _require_one_page(gpa, len(data))
+        found = self.touch(lp, gpa, write=True)
+        if isinstance(found, Translation):
+            self.memory.write(found.hpa, data, self._keyid(lp, gpa))
+        return found
+
+    def _keyid(self, lp: int, gpa: int) -> int:
+        """The KeyID by which the guest inside `lp` uses `gpa`: its own, or 0 for shared memory."""
+        td = Td(self.memory, self.cpu.tdr_inside(lp))
+        td.map_tdcs(self.memory)
+        is_wide = self.memory.words.view[td.tdcs + Tdcs.GPAW]
+        return 0 if gpa >> (51 if is_wide else 47) else td.hkid
+
+    def _machine_check(self, lp: int) -> GuestOutcome:
+        rax, registers = self.guest_registers(lp)
+        return self.vm_exit(lp, EXIT_EXCEPTION, registers, rax=rax, interruption=_MACHINE_CHECK)
+
+    def take_exception(self, lp: int) -> int:
+        """The vector of the exception that waits for the guest inside `lp`, 0 for none. The guest
+        is in its handler from then on.
+        """
+        self.module.require_guest(lp)
+        word = self.memory.frame(self.cpu.vcpu_inside(lp)) + Tdvps.PENDING_EVENT
+        event = self.memory.words.view[word]
+        if event:
+            self.memory.words.put(word, 0)
+        return event & 0xFF
 
     # -- the lab bench
 
@@ -193,3 +282,11 @@ class BareMachine:
         counters: False leaves out how often things were called and counted.
         """
         return self.journal.digest(without=None if counters else self.trace.words)
+
+
+def _require_one_page(gpa: int, size: int) -> None:
+    if not 0 < size <= PAGE_SIZE - gpa % PAGE_SIZE:
+        raise ValueError(
+            f"{size} bytes at GPA {gpa:#x} are not within one page; "
+            f"allowed are 1..{PAGE_SIZE - gpa % PAGE_SIZE} bytes there"
+        )

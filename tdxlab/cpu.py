@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tdxlab.arch import (
-    EPT_EXECUTE,
+    EPT_ACCESSED,
+    EPT_DIRTY,
     EPT_LEAF,
     EPT_READ,
     EPT_RWX,
+    EPT_SUPPRESS_VE,
     EPT_WRITE,
     PAGE_SHIFT,
     level_size,
@@ -59,11 +61,23 @@ class Translation(NamedTuple):
 
 class EptViolation(NamedTuple):
     """An access that the EPT does not allow. `qualification` as in the VMCS: bits 2:0 the access,
-    5:3 what the entry allows.
+    5:3 what the entry allows. suppress_ve: bit 63 of the entry, without which the CPU may tell the
+    guest with a #VE instead of leaving it.
     """
 
     gpa: int
     qualification: int
+    suppress_ve: bool = False
+
+
+class EptMisconfiguration(NamedTuple):
+    """A walk met an entry with permissions that no entry can have."""
+
+    gpa: int
+
+
+#: How a walk can end.
+Walked = Translation | EptViolation | EptMisconfiguration
 
 
 class Cpu:
@@ -144,39 +158,82 @@ class Cpu:
             tlb.drop(key)
         self._trace.count("tlb_flush")
 
+    def invept_global(self, lp: int) -> None:
+        """Drop everything that `lp` has cached, of whatever EPT."""
+        tlb = self.tlbs[lp]
+        for key in list(tlb):
+            tlb.drop(key)
+        self._trace.count("tlb_flush")
+
     def access(
-        self, lp: int, root: int, top_level: int, gpa: int, access: int
-    ) -> Translation | EptViolation:
+        self,
+        lp: int,
+        root: int,
+        top_level: int,
+        gpa: int,
+        access: int,
+        *,
+        tag: int | None = None,
+        ad_bits: bool = False,
+    ) -> Walked:
         """One guest access as the hardware does it: TLB, else walk and fill the TLB.
 
         root: HPA of the root table; top_level: its sept_level (3 or 4); access: EPT_READ,
-        EPT_WRITE, EPT_EXECUTE bits.
-        Returns the translation of `gpa`, or the violation; a violation caches nothing.
+        EPT_WRITE, EPT_EXECUTE bits. tag: the root by which the TLB knows the guest, `root` if None:
+        a TD's shared memory has a root of its own and the TD's tag. ad_bits: the walk sets accessed
+        and dirty bits.
+        Returns the translation of `gpa`, or what stands in its way, of which nothing is cached.
         """
-        key = (root, gpa >> PAGE_SHIFT)
+        key = (root if tag is None else tag, gpa >> PAGE_SHIFT)
         found = self.tlbs[lp].get(key)
         if found is not None and access & ~found.permissions == 0:
             self._trace.count("tlb_hit")
             return Translation(found.hpa | gpa & 0xFFF, found.sept_level, found.permissions)
         self._trace.count("tlb_walk")
-        result = self.walk(root, top_level, gpa, access)
+        result = self.walk(root, top_level, gpa, access, ad_bits=ad_bits)
         if isinstance(result, Translation):
-            self.tlbs[lp].put(key, result._replace(hpa=result.hpa & ~0xFFF))
+            cached = result.permissions
+            if ad_bits and not access & EPT_WRITE:
+                # the first write has to walk, to set the dirty bit
+                cached &= ~EPT_WRITE
+            self.tlbs[lp].put(key, Translation(result.hpa & ~0xFFF, result.sept_level, cached))
         return result
 
-    def walk(self, root: int, top_level: int, gpa: int, access: int) -> Translation | EptViolation:
-        """Walk the EPT at `root` for `gpa`; touches no TLB. Arguments and results as `access`."""
+    def walk(
+        self, root: int, top_level: int, gpa: int, access: int, *, ad_bits: bool = False
+    ) -> Walked:
+        """Walk the EPT at `root` for `gpa`; touches no TLB. Arguments and results as `access`.
+
+        Differs: of the ways to misconfigure an entry only one is looked for: writable but not
+        readable, which is how KVM marks MMIO.
+        """
         memory = self._memory
         allowed = EPT_RWX
         table = root
+        path = []
         for level in range(top_level, -1, -1):
-            entry = memory.words.view[memory.frame(table) + table_index(gpa, level)]
-            allowed &= entry & (EPT_READ | EPT_WRITE | EPT_EXECUTE)
+            word = memory.frame(table) + table_index(gpa, level)
+            entry = memory.words.view[word]
+            if entry & (EPT_READ | EPT_WRITE) == EPT_WRITE:
+                return EptMisconfiguration(gpa)
+            allowed &= entry & EPT_RWX
             if access & ~allowed:
-                return EptViolation(gpa, access | allowed << 3)
+                return EptViolation(gpa, access | allowed << 3, bool(entry & EPT_SUPPRESS_VE))
+            path.append(word)
             target = entry & memory.pa_mask & ~0xFFF
-            if entry & EPT_LEAF:
+            if entry & EPT_LEAF or not level:
+                if ad_bits:
+                    self._set_accessed_dirty(path, access)
                 offset = gpa & (level_size(level) - 1)
                 return Translation((target & ~(level_size(level) - 1)) | offset, level, allowed)
             table = target
         raise AssertionError("the loop ends at a leaf or a violation: level 0 has no tables below")
+
+    def _set_accessed_dirty(self, path: list[int], access: int) -> None:
+        """The walk used the entries at these words: A in all, D in the leaf of a write."""
+        words = self._memory.words
+        for word in path:
+            if not words.view[word] & EPT_ACCESSED:
+                words.put(word, words.view[word] | EPT_ACCESSED)
+        if access & EPT_WRITE and not words.view[path[-1]] & EPT_DIRTY:
+            words.put(path[-1], words.view[path[-1]] | EPT_DIRTY)
