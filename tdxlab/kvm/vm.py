@@ -103,8 +103,9 @@ class Vcpu:
     root_hpa, mirror_root_hpa: HPA of the direct and of the mirror root, INVALID_PAGE without one.
     root_role: role that a direct root for this vCPU has. requests: names of pending KVM_REQ_*.
     memory_fault: what user space would find in kvm_run after -EFAULT. page_cache,
-    external_spt_cache: pages kept ready for a fault (struct kvm_mmu_memory_cache). cpu: LP on which
-    it was loaded last, -1 before. mode: IN_GUEST_MODE from just before it enters until it has left.
+    external_spt_cache: pages kept ready for a fault (struct kvm_mmu_memory_cache). mmio_gfn,
+    mmio_gen: last gfn seen to be MMIO, and the memslots' generation then. cpu: LP on which it was
+    loaded last, -1 before. mode: IN_GUEST_MODE from just before it enters until it has left.
     """
 
     root_hpa = Field(INVALID_PAGE)
