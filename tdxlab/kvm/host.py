@@ -225,10 +225,13 @@ class KvmHost:
         yield ("kvm_make_all_cpus_request", request)
         vm.emit("kvm_make_all_cpus_request", request)
         self.count("kick")
-        kicked = [vcpu for vcpu in vm.vcpus if self.interrupt_vcpu(vcpu)]
-        for vcpu in kicked:
+        for vcpu in self.interrupt_all(vm):
             while vcpu.cpu in self.ipis and vcpu.mode != OUTSIDE_GUEST_MODE:
                 yield (WAIT, "IPI", vcpu.cpu)
+
+    def interrupt_all(self, vm: Vm) -> list[Vcpu]:
+        """`interrupt_vcpu` for all of a VM; returns those that have yet to take the interrupt."""
+        return [vcpu for vcpu in vm.vcpus if self.interrupt_vcpu(vcpu)]
 
     def interrupt_vcpu(self, vcpu: Vcpu) -> bool:
         """Send the vCPU's LP an interrupt if it is in guest mode elsewhere; True if it must yet be

@@ -213,7 +213,7 @@ class Vm:
         self._stats = Words(journal, len(VM_STATS))
         self._rcu_pending = Table(journal)
         self.vendor: Vendor = PlainVendor()
-        self.kick_vcpus: Callable[[], None] | None = None
+        self.kick_vcpus: Callable[[], object] | None = None
         self.has_mirrored_tdp = self.features.has_mirrored_tdp
         self.pre_fault_allowed = self.features.pre_fault_allowed
         self.gfn_direct_bits = config.gfn_direct_bits
