@@ -1,9 +1,10 @@
-"""mmu_lock: many readers or one writer, as a lock that generators can wait for.
+"""What generators can wait for: mmu_lock, mutexes, and the readers of the memslots.
 
-A thread that cannot have the lock yields ("wait", "mmu_lock", mode) until it can, so a schedule
-sees who is blocked. Readers may hold it together: vCPUs fault in parallel.
+A thread that cannot have mmu_lock yields ("wait", "mmu_lock", mode) until it can, so a schedule
+sees who is blocked. Readers may hold it together: vCPUs fault in parallel. Mutexes and SRCU grace
+periods wait the same way.
 
-Source: Linux 6.16, include/linux/kvm_host.h (mmu_lock, an rwlock_t on x86).
+Source: Linux 6.16, include/linux/kvm_host.h (mmu_lock, an rwlock_t on x86; slots_lock; srcu).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class MmuLock:
     Differs: a waiting writer does not keep new readers out.
     """
 
+    #: False for a lock that makes nobody wait.
+    waits = True
     readers = Field(0)
     written = Field(False)
     waiting = Field(0)
@@ -74,6 +77,8 @@ class MmuLock:
 class NoLock(MmuLock):
     """A lock that never makes anybody wait, for a recorder that had one CPU and stubbed locks."""
 
+    waits = False
+
     def lock(self, mode: str) -> Locking:
         """Yield where a lock would be taken, and go on."""
         yield (f"{mode}_lock(mmu_lock)",)
@@ -84,3 +89,63 @@ class NoLock(MmuLock):
     def held(self, mode: str) -> bool:
         """Every assertion about the lock holds."""
         return True
+
+
+class Mutex:
+    """A lock for one. name: as Linux calls it. waits: False makes it keep nobody out."""
+
+    held = Field(False)
+
+    def __init__(self, journal: Journal, name: str, *, waits: bool = True) -> None:
+        self.fields = Table(journal)
+        self.name = name
+        self._waits = waits
+
+    def lock(self) -> Locking:
+        """Take it. Yields once before it tries, then while it cannot."""
+        yield (f"mutex_lock({self.name})",)
+        while self.held and self._waits:
+            yield (WAIT, self.name)
+        self.held = True
+
+    def unlock(self) -> None:
+        """Let go of it."""
+        self.held = False
+
+
+class Srcu:
+    """Sleepable RCU: a writer waits until every reader that may still use the old memslots is done.
+
+    A vCPU is a reader while it handles an exit, and no reader while it is in the guest.
+    waits: False makes a grace period end at once.
+    Source: Linux 6.16, kernel/rcu/srcutree.c, as far as one writer at a time needs it.
+    """
+
+    _index = Field(0)
+    _readers: Field[tuple[int, int]] = Field((0, 0))
+
+    def __init__(self, journal: Journal, name: str, *, waits: bool = True) -> None:
+        self.fields = Table(journal)
+        self.name = name
+        self._waits = waits
+
+    def read_lock(self) -> int:
+        """Become a reader; returns what `read_unlock` needs."""
+        self._add(self._index, 1)
+        return self._index
+
+    def read_unlock(self, index: int) -> None:
+        """No reader any more. index: what `read_lock` gave."""
+        self._add(index, -1)
+
+    def synchronize(self) -> Locking:
+        """Wait until all present readers are done; later ones do not count."""
+        yield (f"synchronize_srcu({self.name})",)
+        old = self._index
+        self._index = 1 - old
+        while self._readers[old] and self._waits:
+            yield (WAIT, self.name)
+
+    def _add(self, index: int, amount: int) -> None:
+        first, second = self._readers
+        self._readers = (first, second + amount) if index else (first + amount, second)

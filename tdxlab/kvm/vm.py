@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 
 from tdxlab.arch import ENTRIES_PER_TABLE, PAGE_SHIFT
 from tdxlab.journal import Field, Journal, Table, Words
+from tdxlab.kvm.attributes import MemAttributes
 from tdxlab.kvm.external import ExternalOps
-from tdxlab.kvm.locks import MmuLock
+from tdxlab.kvm.locks import MmuLock, Mutex, Srcu
 from tdxlab.kvm.pages import NO_PAGE, PageSource
 from tdxlab.kvm.params import MmuParams, VmConfig
 from tdxlab.kvm.role import IS_MIRROR, LEVEL_MASK, tdp_root_role
+from tdxlab.kvm.slots import GuestMemory, MemSlots, NoGuestMemory, NoUserMemory, UserMemory
 from tdxlab.kvm.spte import SHADOW_NONPRESENT_VALUE, Masks
 from tdxlab.kvm.vendor import PlainVendor, Vendor
 from tdxlab.memory import Memory
@@ -213,6 +215,12 @@ class Vm:
         self._stats = Words(journal, len(VM_STATS))
         self._rcu_pending = Table(journal)
         self.vendor: Vendor = PlainVendor()
+        self.slots_lock = Mutex(journal, "slots_lock", waits=self.mmu_lock.waits)
+        self.srcu = Srcu(journal, "srcu", waits=self.mmu_lock.waits)
+        self.slots = MemSlots(journal, 1 if self.features.has_private_mem else 2)
+        self.attributes = MemAttributes(journal)
+        self.guest_memory: GuestMemory = NoGuestMemory()
+        self.user_memory: UserMemory = NoUserMemory()
         self.kick_vcpus: Callable[[], object] | None = None
         self.has_mirrored_tdp = self.features.has_mirrored_tdp
         self.pre_fault_allowed = self.features.pre_fault_allowed
