@@ -1,11 +1,21 @@
 """Memslots: which guest frames have memory behind them, and whose.
 
-Source: Linux 6.16, include/linux/kvm_host.h (struct kvm_memory_slot), virt/kvm/kvm_main.c.
+State only; `memory_region.py` changes it. Every address space has one set of slots, replaced as a
+whole: a reader sees the old set or the new one.
+
+Source: Linux 6.16, include/linux/kvm_host.h (struct kvm_memory_slot, struct kvm_memslots),
+virt/kvm/kvm_main.c.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Generator
+from errno import EBADF, EFAULT
 from typing import NamedTuple, Protocol
+
+from tdxlab.journal import Field, Journal, Table
+from tdxlab.steps import Step
 
 # -- flags of KVM_SET_USER_MEMORY_REGION2, and the internal one
 
@@ -16,6 +26,11 @@ KVM_MEMSLOT_INVALID = 1 << 16
 
 #: KVM_MEM_MAX_NR_PAGES: pages that one slot may have.
 MAX_NR_PAGES = (1 << 31) - 1
+#: Slots that user space may have in one address space. Source: kvm_host.h, KVM_USER_MEM_SLOTS.
+KVM_USER_MEM_SLOTS = 32767 - 3
+
+#: In a generation: new slots are in place, old readers are not all done yet.
+KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS = 1 << 63
 
 
 class Slot(NamedTuple):
@@ -50,9 +65,23 @@ class Slot(NamedTuple):
         """Source: kvm_host.h, kvm_slot_dirty_track_enabled."""
         return bool(self.flags & KVM_MEM_LOG_DIRTY_PAGES)
 
+    @property
+    def is_invalid(self) -> bool:
+        """It is being deleted or moved: faults retry."""
+        return bool(self.flags & KVM_MEMSLOT_INVALID)
+
+    @property
+    def userspace_end(self) -> int:
+        """First HVA behind its shared memory."""
+        return self.userspace_addr + (self.npages << 12)
+
     def gfn_to_hva(self, gfn: int) -> int:
         """Address of the gfn's shared memory in user space. Source: __gfn_to_hva_memslot."""
         return self.userspace_addr + (gfn - self.base_gfn << 12)
+
+    def gfn_to_gmem_index(self, gfn: int) -> int:
+        """Page of the guest_memfd that backs the gfn. Source: guest_memfd.c, kvm_gmem_get_index."""
+        return self.gmem_pgoff + gfn - self.base_gfn
 
 
 class HostPage(NamedTuple):
@@ -72,6 +101,10 @@ class UserMemory(Protocol):
         """The page at `hva`, allocated on first use; None where nothing is mapped."""
         ...
 
+    def mapping_level(self, hva: int) -> int:
+        """Level (1 to 3) at which the host maps `hva` at present; 1 where it maps nothing."""
+        ...
+
 
 class GuestMemory(Protocol):
     """The guest_memfd files of one VM."""
@@ -79,3 +112,134 @@ class GuestMemory(Protocol):
     def get_pfn(self, gmem: int, index: int) -> int:
         """Frame number of page `index` of the file, prepared on first use; -errno if it fails."""
         ...
+
+    def bind(self, slot: Slot) -> Generator[Step, None, int]:
+        """Let the slot's part of its file back the slot. Returns 0 or -errno."""
+        ...
+
+    def unbind(self, slot: Slot) -> Generator[Step, None, None]:
+        """The slot is gone; its part of the file can back another one."""
+        ...
+
+
+class NoUserMemory:
+    """A process that has mapped nothing."""
+
+    def fault_in(self, hva: int, *, write: bool) -> HostPage | None:
+        """Nothing is mapped."""
+        return None
+
+    def mapping_level(self, hva: int) -> int:
+        """Nothing is mapped."""
+        return 1
+
+
+class NoGuestMemory:
+    """A VM without guest_memfd files."""
+
+    def get_pfn(self, gmem: int, index: int) -> int:
+        """No such file: -EFAULT."""
+        return -EFAULT
+
+    def bind(self, slot: Slot) -> Generator[Step, None, int]:
+        """No such file: -EBADF."""
+        yield from ()
+        return -EBADF
+
+    def unbind(self, slot: Slot) -> Generator[Step, None, None]:
+        """Nothing is bound."""
+        yield from ()
+
+
+class SlotSet(NamedTuple):
+    """struct kvm_memslots: one address space's slots by ascending gfn, their first gfns, and the
+    generation that tells cached MMIO from new.
+    """
+
+    slots: tuple[Slot, ...]
+    bases: tuple[int, ...]
+    generation: int
+
+
+class MemSlots:
+    """The memslots of one VM. spaces: address spaces, 1 or 2.
+
+    mixed: (base_gfn of the slot, level, gfn) -> True for each range that could be one large page
+    if all of it were private or all of it shared (lpage.py). Part of a slot in Linux.
+    nr_pages: pages of all slots. mn_active_invalidate_count: MMU notifiers between start and end;
+    no set of slots is replaced meanwhile.
+    """
+
+    nr_pages = Field(0)
+    mn_active_invalidate_count = Field(0)
+
+    def __init__(self, journal: Journal, spaces: int = 1) -> None:
+        self.fields = Table(journal)
+        self.mixed = Table(journal)
+        self.spaces = spaces
+        self._sets = Table(journal)
+        for as_id in range(spaces):
+            self._sets.put(as_id, SlotSet((), (), as_id))
+
+    @property
+    def generation(self) -> int:
+        """Of address space 0."""
+        return self.generation_of(0)
+
+    def generation_of(self, as_id: int) -> int:
+        """Rises by `spaces` with each new set; bit 63: a grace period has not ended yet."""
+        generation: int = self._sets[as_id].generation
+        return generation
+
+    def set_generation(self, generation: int, as_id: int = 0) -> None:
+        """Give the present set another generation."""
+        self._sets.put(as_id, self._sets[as_id]._replace(generation=generation))
+
+    def find(self, gfn: int, as_id: int = 0) -> Slot | None:
+        """The slot that holds `gfn`, or None. Source: kvm_host.h, __gfn_to_memslot."""
+        found: SlotSet = self._sets[as_id]
+        place = bisect_right(found.bases, gfn) - 1
+        if place < 0 or gfn >= found.slots[place].end_gfn:
+            return None
+        return found.slots[place]
+
+    def all(self, as_id: int = 0) -> tuple[Slot, ...]:
+        """All slots of an address space by ascending gfn."""
+        slots: tuple[Slot, ...] = self._sets[as_id].slots
+        return slots
+
+    def by_id(self, slot_id: int, as_id: int = 0) -> Slot | None:
+        """The slot of that number, or None. Source: kvm_host.h, id_to_memslot."""
+        return next((slot for slot in self.all(as_id) if slot.slot_id == slot_id), None)
+
+    def overlapping(self, start: int, end: int, as_id: int = 0) -> tuple[Slot, ...]:
+        """Slots with a gfn in [start, end), ascending. Source: kvm_for_each_memslot_in_gfn_range."""
+        return tuple(s for s in self.all(as_id) if s.base_gfn < end and start < s.end_gfn)
+
+    def overlapping_hva(self, start: int, end: int, as_id: int = 0) -> tuple[Slot, ...]:
+        """Slots with memory at an HVA in [start, end). Source: kvm_for_each_memslot_in_hva_range."""
+        return tuple(
+            slot
+            for slot in sorted(self.all(as_id), key=lambda slot: slot.userspace_addr)
+            if slot.userspace_addr < end and start < slot.userspace_end
+        )
+
+    def replace(self, old: Slot | None, new: Slot | None, as_id: int) -> None:
+        """Put a new set in place, without `old` and with `new`; its generation is marked as in
+        progress. Source: kvm_main.c, kvm_replace_memslot and kvm_swap_active_memslots.
+        """
+        slots = [slot for slot in self.all(as_id) if old is None or slot.slot_id != old.slot_id]
+        slots += [new] if new is not None else []
+        slots.sort(key=lambda slot: slot.base_gfn)
+        generation = self.generation_of(as_id) | KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
+        bases = tuple(slot.base_gfn for slot in slots)
+        self._sets.put(as_id, SlotSet(tuple(slots), bases, generation))
+
+    def update_done(self, as_id: int) -> int:
+        """The grace period has ended: the set gets its final generation, which is returned.
+
+        Generations of different address spaces never meet: each goes up in steps of `spaces`.
+        """
+        generation = self.generation_of(as_id) & ~KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
+        self.set_generation(generation + self.spaces, as_id)
+        return generation + self.spaces
