@@ -29,6 +29,13 @@ MAX_NR_PAGES = (1 << 31) - 1
 #: Slots that user space may have in one address space. Source: kvm_host.h, KVM_USER_MEM_SLOTS.
 KVM_USER_MEM_SLOTS = 32767 - 3
 
+# -- what becomes of a slot. Source: kvm_host.h, enum kvm_mr_change
+
+KVM_MR_CREATE = 0
+KVM_MR_DELETE = 1
+KVM_MR_MOVE = 2
+KVM_MR_FLAGS_ONLY = 3
+
 #: In a generation: new slots are in place, old readers are not all done yet.
 KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS = 1 << 63
 
@@ -113,6 +120,14 @@ class GuestMemory(Protocol):
         """Frame number of page `index` of the file, prepared on first use; -errno if it fails."""
         ...
 
+    def get_page(self, pfn: int) -> None:
+        """Hold a reference to a page: it is not freed before `put_page`."""
+        ...
+
+    def put_page(self, pfn: int) -> None:
+        """Give a reference back."""
+        ...
+
     def bind(self, slot: Slot) -> Generator[Step, None, int]:
         """Let the slot's part of its file back the slot. Returns 0 or -errno."""
         ...
@@ -140,6 +155,12 @@ class NoGuestMemory:
     def get_pfn(self, gmem: int, index: int) -> int:
         """No such file: -EFAULT."""
         return -EFAULT
+
+    def get_page(self, pfn: int) -> None:
+        """Nobody has such a page."""
+
+    def put_page(self, pfn: int) -> None:
+        """Nobody has such a page."""
 
     def bind(self, slot: Slot) -> Generator[Step, None, int]:
         """No such file: -EBADF."""
@@ -183,8 +204,12 @@ class MemSlots:
 
     @property
     def generation(self) -> int:
-        """Of address space 0."""
+        """Of address space 0; another one can be set."""
         return self.generation_of(0)
+
+    @generation.setter
+    def generation(self, generation: int) -> None:
+        self.set_generation(generation)
 
     def generation_of(self, as_id: int) -> int:
         """Rises by `spaces` with each new set; bit 63: a grace period has not ended yet."""
@@ -213,11 +238,11 @@ class MemSlots:
         return next((slot for slot in self.all(as_id) if slot.slot_id == slot_id), None)
 
     def overlapping(self, start: int, end: int, as_id: int = 0) -> tuple[Slot, ...]:
-        """Slots with a gfn in [start, end), ascending. Source: kvm_for_each_memslot_in_gfn_range."""
+        """Slots with a gfn in [start, end). Source: kvm_for_each_memslot_in_gfn_range."""
         return tuple(s for s in self.all(as_id) if s.base_gfn < end and start < s.end_gfn)
 
     def overlapping_hva(self, start: int, end: int, as_id: int = 0) -> tuple[Slot, ...]:
-        """Slots with memory at an HVA in [start, end). Source: kvm_for_each_memslot_in_hva_range."""
+        """Slots with an HVA in [start, end). Source: kvm_for_each_memslot_in_hva_range."""
         return tuple(
             slot
             for slot in sorted(self.all(as_id), key=lambda slot: slot.userspace_addr)
@@ -235,11 +260,9 @@ class MemSlots:
         bases = tuple(slot.base_gfn for slot in slots)
         self._sets.put(as_id, SlotSet(tuple(slots), bases, generation))
 
-    def update_done(self, as_id: int) -> int:
-        """The grace period has ended: the set gets its final generation, which is returned.
+    def next_generation(self, as_id: int) -> int:
+        """What the present set's generation will be when its grace period has ended.
 
         Generations of different address spaces never meet: each goes up in steps of `spaces`.
         """
-        generation = self.generation_of(as_id) & ~KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
-        self.set_generation(generation + self.spaces, as_id)
-        return generation + self.spaces
+        return (self.generation_of(as_id) & ~KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS) + self.spaces
