@@ -180,6 +180,17 @@ def for_each_tdp_pte_min_level_all(vm: Vm, root: MmuPage, min_level: int) -> Ite
     return TdpIter(vm, root, min_level, 0, 0).walk(tdp_mmu_max_gfn_exclusive(vm))
 
 
+def tdp_mmu_iter_need_resched(vm: Vm, it: TdpIter) -> bool:
+    """True if others want mmu_lock and the walk has moved since it started.
+
+    Source: tdp_mmu.c, tdp_mmu_iter_need_resched.
+    """
+    wanted = vm.need_resched is not None and vm.need_resched()
+    if not wanted and not vm.mmu_lock.is_contended:
+        return False
+    return it.next_last_level_gfn != it.yielded_gfn
+
+
 def tdp_mmu_iter_cond_resched(
     vm: Vm, it: TdpIter, flush: bool, mode: str
 ) -> Generator[Step, None, bool]:
@@ -192,10 +203,7 @@ def tdp_mmu_iter_cond_resched(
     """
     if it.yielded:
         vm.warn("tdp_mmu_iter_cond_resched: the iterator has yielded already")
-    wanted = vm.need_resched is not None and vm.need_resched()
-    if not wanted and not vm.mmu_lock.is_contended:
-        return False
-    if it.next_last_level_gfn == it.yielded_gfn:
+    if not tdp_mmu_iter_need_resched(vm, it):
         return False
     if flush:
         vm.flush_remote_tlbs()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from tdxlab.arch import ENTRIES_PER_TABLE, PAGE_SHIFT
 from tdxlab.journal import Field, Journal, Table, Words
 from tdxlab.kvm.attributes import MemAttributes
+from tdxlab.kvm.dirty_log import DirtyLog
 from tdxlab.kvm.external import ExternalOps
 from tdxlab.kvm.locks import MmuLock, Mutex, Srcu
 from tdxlab.kvm.pages import NO_PAGE, PageSource
@@ -166,7 +167,7 @@ class Vm:
     (name, values...); None while nobody listens. need_resched: asked by walkers whether to yield;
     None means never. is_mmio_pfn: says of a frame number whether it is a device's and not RAM.
     vendor: runs the vCPUs. kick_vcpus: interrupts those in the guest after a request for all; None
-    where nobody runs any. slots, attributes, guest_memory, user_memory: see their files.
+    where nobody runs any. slots, attributes, dirty, guest_memory, user_memory: see their files.
     """
 
     tdp_mmu_roots: Field[tuple[int, ...]] = Field(())
@@ -215,6 +216,7 @@ class Vm:
         self._stats = Words(journal, len(VM_STATS))
         self._rcu_pending = Table(journal)
         self.vendor: Vendor = PlainVendor()
+        self.dirty = DirtyLog(journal)
         self.slots_lock = Mutex(journal, "slots_lock", waits=self.mmu_lock.waits)
         self.srcu = Srcu(journal, "srcu", waits=self.mmu_lock.waits)
         self.slots = MemSlots(journal, 1 if self.features.has_private_mem else 2)
