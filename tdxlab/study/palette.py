@@ -84,6 +84,12 @@ GROUP_LOOKS: dict[str, Look] = {
     )
 }
 
+#: Half of a TD's GPA space -> its look.
+HALF_LOOKS: dict[str, Look] = {
+    look.name: look
+    for look in (Look("private", GREEN, BLACK, "P", ""), Look("shared", ORANGE, BLACK, "S", "//"))
+}
+
 #: For what has no state of its own: plain bars, curves, and the mark of the present position.
 PLAIN = Look("calls", BLUE, WHITE, "", "")
 CURSOR = VERMILLION

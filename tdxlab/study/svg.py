@@ -75,7 +75,7 @@ def entry_map(cells: Mapping[int, Look], *, title: str, unit: str = "entry") -> 
     looks = list(dict.fromkeys(cells[index] for index in sorted(cells)))
     body = [
         text(_MARGIN, 13, title, size=12),
-        _grid(rows),
+        grid(rows),
         *(_row_number(row) for row in range(0, rows, 4)),
         *(_map_tile(index, look, unit) for index, look in sorted(cells.items())),
         _legend(looks, height - 6),
@@ -93,8 +93,8 @@ def map_place(index: int) -> tuple[int, int]:
     return _MARGIN + index % MAP_COLUMNS * CELL, 20 + index // MAP_COLUMNS * CELL
 
 
-def _grid(rows: int) -> str:
-    """All lines of the map as one path."""
+def grid(rows: int) -> str:
+    """All lines of a map of that many rows, as one path."""
     left, top = map_place(0)
     across, down = MAP_COLUMNS * CELL, rows * CELL
     lines = [f"M{left} {top + row * CELL}h{across}" for row in range(rows + 1)]
