@@ -109,6 +109,6 @@ def fast_pf_fix_direct_spte(
     if words.view[word] != old_spte:
         return False
     words.put(word, new_spte)
-    if is_writable_pte(new_spte) and not is_writable_pte(old_spte) and fault.slot is not None:
+    if is_writable_pte(new_spte) and not is_writable_pte(old_spte):
         mark_page_dirty_in_slot(vm, fault.slot, fault.gfn)
     return True

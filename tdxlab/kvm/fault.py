@@ -225,7 +225,7 @@ def kvm_mmu_faultin_pfn_private(vcpu: Vcpu, fault: PageFault, slot: Slot) -> int
     if not slot.can_be_private:
         kvm_mmu_prepare_memory_fault_exit(vcpu, fault)
         return -EFAULT
-    pfn = vm.guest_memory.get_pfn(slot.gmem, slot.gmem_pgoff + fault.gfn - slot.base_gfn)
+    pfn = vm.guest_memory.get_pfn(slot.gmem, slot.gfn_to_gmem_index(fault.gfn))
     if pfn < 0:
         kvm_mmu_prepare_memory_fault_exit(vcpu, fault)
         return pfn
@@ -325,17 +325,21 @@ def kvm_vcpu_pre_fault_memory(vcpu: Vcpu, gpa: int, size: int) -> Doing:
 
     Returns the number of bytes done, or -errno if that is none: -EINVAL if gpa or size is not page
     aligned, or the range is empty or wraps around; -EINTR: a signal is pending; else the errno of
-    the first page that failed. Source: kvm_main.c, kvm_vcpu_pre_fault_memory. Differs: user space
-    is told the bytes done instead of finding gpa and size advanced.
+    the first page that failed. It reads the memslots all the while, and whoever deletes a slot
+    waits for readers: prefaulting a slot that is being deleted retries for ever, as in Linux 6.16.
+    Source: kvm_main.c, kvm_vcpu_pre_fault_memory. Differs: user space is told the bytes done
+    instead of finding gpa and size advanced.
     """
     if (gpa | size) & PAGE_OFFSET_MASK or size <= 0 or gpa + size >= 1 << 64:
         return -EINVAL
-    done = 0
-    while done < size:
-        if vcpu.signal_pending:
-            return done or -EINTR
-        ret = yield from kvm_arch_vcpu_pre_fault_memory(vcpu, gpa + done, size - done)
-        if ret <= 0:
-            return done or ret
-        done += ret
-    return done
+    done, ret, srcu = 0, 0, vcpu.vm.srcu
+    index = srcu.read_lock()
+    try:
+        while done < size and ret >= 0:
+            ret = -EINTR
+            if not vcpu.signal_pending:
+                ret = yield from kvm_arch_vcpu_pre_fault_memory(vcpu, gpa + done, size - done)
+            done += max(ret, 0)
+    finally:
+        srcu.read_unlock(index)
+    return done or ret

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from tdxlab.arch import PAGE_SHIFT
 from tdxlab.kvm.page_fault import RET_PF_EMULATE, RET_PF_INVALID, RET_PF_RETRY
+from tdxlab.kvm.slots import KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
 from tdxlab.kvm.spte import (
     MMIO_GEN_MASK,
     get_mmio_spte_generation,
@@ -20,9 +21,6 @@ from tdxlab.kvm.spte import (
 )
 from tdxlab.kvm.tdp_mmu import kvm_tdp_mmu_get_walk
 from tdxlab.kvm.vm import Vcpu
-
-#: Set in the generation while the memslots are being swapped.
-KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS = 1 << 63
 
 
 def handle_mmio_page_fault(vcpu: Vcpu, gpa: int) -> int:
