@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 
-from tdxlab.arch import ENTRIES_PER_TABLE, LEVEL_BITS, PAGE_SHIFT
+from tdxlab.arch import ENTRIES_PER_TABLE, HPA_MASK, LEVEL_BITS, PAGE_SHIFT
 from tdxlab.kvm.role import IS_MIRROR, LEVEL_MASK, Role
 from tdxlab.kvm.spte import PT_PAGE_SIZE_MASK, SPTE_MMU_PRESENT_MASK
 from tdxlab.kvm.vm import MmuPage, Vm
@@ -21,6 +21,7 @@ from tdxlab.steps import Step
 MAX_ROOT_LEVEL = 5
 
 _LAST = ENTRIES_PER_TABLE - 1
+_SMM = Role.smm.mask
 _LINK_BITS = SPTE_MMU_PRESENT_MASK | PT_PAGE_SIZE_MASK
 
 
@@ -65,8 +66,8 @@ class TdpIter:
         self.min_level = min_level
         self.gfn = self.next_last_level_gfn = self.yielded_gfn = gfn
         self.gfn_bits = gfn_bits
-        self.as_id = int(bool(role & Role.smm.mask))
-        self.is_mirror = bool(role & IS_MIRROR)
+        self.as_id = 1 if role & _SMM else 0
+        self.is_mirror = role & IS_MIRROR != 0
         self.word = -1
         self.old_spte = 0
         self.yielded = False
@@ -83,66 +84,48 @@ class TdpIter:
 
         Source: tdp_iter.c, tdp_iter_next and what it tries: down, then sideways, then up.
         """
-        view = self.vm.memory.words.view
-        frames = self.vm.memory.frames
-        address_mask = self.vm.masks.address
-        gfn_bits, min_level = self.gfn_bits, self.min_level
-        table = [0] * (MAX_ROOT_LEVEL + 1)  # word index of the table at each level
-        while self.valid:
-            level, word = self._restart(table)
-            while self.gfn < end:
+        memory = self.vm.memory
+        view, frames = memory.words.view, memory.frames
+        gfn_bits, min_level, root_level = self.gfn_bits, self.min_level, self.root_level
+        goal = self.next_last_level_gfn
+        table = [0] * (root_level + 1)  # word index of the table at each level
+        table[root_level] = base = frames[self.root.spt >> PAGE_SHIFT]
+        restart = self.valid
+        while restart:
+            restart = self.yielded = False
+            self.yielded_gfn = goal
+            level, shift, base = root_level, LEVEL_BITS * (root_level - 1), table[root_level]
+            gfn = goal >> shift << shift
+            word = base + ((gfn | gfn_bits) >> shift & _LAST)
+            while True:
+                self.gfn, self.level, self.word = gfn, level, word
+                self.old_spte = view[word]
+                if gfn >= end:
+                    return
                 yield self
                 if self.yielded:
+                    restart = True
                     break
                 spte = view[word]
                 if level != min_level and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
                     level -= 1
-                    table[level] = base = frames[(spte & address_mask) >> PAGE_SHIFT]
-                    shift = LEVEL_BITS * (level - 1)
-                    self.level = level
-                    self.gfn = gfn = self.next_last_level_gfn >> shift << shift
-                    self.word = word = base + (((gfn | gfn_bits) >> shift) & _LAST)
-                    self.old_spte = view[word]
+                    shift -= LEVEL_BITS
+                    table[level] = base = frames[(spte & HPA_MASK) >> PAGE_SHIFT]
+                    gfn = goal >> shift << shift
+                    word = base + ((gfn | gfn_bits) >> shift & _LAST)
                     continue
-                if word & _LAST == _LAST:
-                    level = self._step_up(table, level)
-                    if not self.valid:
+                while word & _LAST == _LAST:
+                    if level == root_level:
+                        self.valid = False
                         return
-                    word = self.word
-                self.word = word = word + 1
-                self.gfn = self.next_last_level_gfn = self.gfn + (1 << LEVEL_BITS * (level - 1))
-                self.old_spte = view[word]
-            else:
-                return
-
-    def _restart(self, table: list[int]) -> tuple[int, int]:
-        """Stand at the root entry above the goal. Source: tdp_iter.c, tdp_iter_restart."""
-        self.yielded = False
-        self.yielded_gfn = self.next_last_level_gfn
-        memory = self.vm.memory
-        level = self.root_level
-        shift = LEVEL_BITS * (level - 1)
-        table[level] = base = memory.frames[self.root.spt >> PAGE_SHIFT]
-        self.level = level
-        self.gfn = gfn = self.next_last_level_gfn >> shift << shift
-        self.word = word = base + (((gfn | self.gfn_bits) >> shift) & _LAST)
-        self.old_spte = memory.words.view[word]
-        return level, word
-
-    def _step_up(self, table: list[int], level: int) -> int:
-        """From the last entry of a table, up to an entry that has a next one in its table; from the
-        root's last entry out of it, which ends the walk. Source: tdp_iter.c, try_step_up.
-        """
-        word = self.word
-        while word & _LAST == _LAST and level < self.root_level:
-            level += 1
-            shift = LEVEL_BITS * (level - 1)
-            self.gfn = gfn = self.gfn >> shift << shift
-            self.word = word = table[level] + (((gfn | self.gfn_bits) >> shift) & _LAST)
-        self.level = level
-        self.old_spte = self.vm.memory.words.view[word]
-        self.valid = word & _LAST != _LAST
-        return level
+                    level += 1
+                    shift += LEVEL_BITS
+                    gfn = gfn >> shift << shift
+                    word = table[level] + ((gfn | gfn_bits) >> shift & _LAST)
+                    self.gfn, self.level, self.word = gfn, level, word
+                word += 1
+                gfn += 1 << shift
+                self.next_last_level_gfn = goal = gfn
 
 
 def gfn_root_bits(vm: Vm, root: MmuPage) -> int:
@@ -170,7 +153,8 @@ def for_each_tdp_pte_min_level(
 
 def for_each_tdp_pte(vm: Vm, root: MmuPage, start: int, end: int) -> Iterator[TdpIter]:
     """Visit the entries of `root`, at all levels, that cover gfns from start to end - 1."""
-    return TdpIter(vm, root, 1, start, gfn_root_bits(vm, root)).walk(end)
+    gfn_bits = 0 if root.role & IS_MIRROR else vm.gfn_direct_bits
+    return TdpIter(vm, root, 1, start, gfn_bits).walk(end)
 
 
 def for_each_tdp_pte_min_level_all(vm: Vm, root: MmuPage, min_level: int) -> Iterator[TdpIter]:
