@@ -18,6 +18,7 @@ from tdxlab.abi.registers import Registers
 from tdxlab.cpu import Cpu
 from tdxlab.hardware import Platform, Region
 from tdxlab.journal import Field, Journal, Table, Words
+from tdxlab.kvm.locks import Mutex
 from tdxlab.kvm.pages import HostPages
 from tdxlab.kvm.params import MmuParams
 from tdxlab.kvm.vm import OUTSIDE_GUEST_MODE, Vcpu, Vm
@@ -73,27 +74,6 @@ class TdExit(NamedTuple):
 
     status: int
     registers: tuple[tuple[str, int], ...]
-
-
-class Mutex:
-    """A mutex of the kernel; who cannot have it yields ("wait", name)."""
-
-    held = Field(False)
-
-    def __init__(self, journal: Journal, name: str) -> None:
-        self.fields = Table(journal)
-        self.name = name
-
-    def lock(self) -> Doing:
-        """Take it. Yields once before it tries, then while it cannot."""
-        yield (f"mutex_lock({self.name})",)
-        while self.held:
-            yield (WAIT, self.name)
-        self.held = True
-
-    def unlock(self) -> None:
-        """Let go of it."""
-        self.held = False
 
 
 class KvmHost:
