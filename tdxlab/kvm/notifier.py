@@ -89,12 +89,15 @@ def kvm_handle_gfn_range(
 
     Source: kvm_main.c, kvm_handle_gfn_range.
     """
-    yield from _handle(vm, list(gfn_ranges(vm, start, end)), handler, on_lock)
+    yield from handle_ranges(vm, list(gfn_ranges(vm, start, end)), handler, on_lock)
 
 
-def _handle(
+def handle_ranges(
     vm: Vm, ranges: list[GfnRange], handler: Handler, on_lock: Callable[[Vm], None]
 ) -> Zapping:
+    """`on_lock`, then `handler` for each range, under one mmu_lock for write; flush if a handler
+    says so, and return whether one did. Without a range nothing happens at all.
+    """
     if not ranges:
         return False
     yield from vm.mmu_lock.lock(WRITE)
@@ -145,7 +148,7 @@ def kvm_mmu_notifier_invalidate_range_start(
     """
     vm.slots.mn_active_invalidate_count += 1
     ranges = hva_ranges(vm, start, end, may_block=blockable, lockless=False)
-    yield from _handle(vm, ranges, kvm_mmu_unmap_gfn_range, kvm_mmu_invalidate_begin)
+    yield from handle_ranges(vm, ranges, kvm_mmu_unmap_gfn_range, kvm_mmu_invalidate_begin)
     return 0
 
 

@@ -38,7 +38,8 @@ class HostPages:
     """The free pages of some regions of RAM. Never touched ones are handed out in ascending order,
     returned ones first.
 
-    in_use: HPA -> use of every page that is out. leaked: HPA -> why it will never come back.
+    in_use: HPA -> use of every 4 KiB page that is out. leaked: HPA -> why it will never come back.
+    huge: HPA -> (bytes, use) of every large page that is out.
     """
 
     _next = Field(0)
@@ -49,6 +50,7 @@ class HostPages:
         self.fields = Table(journal)
         self.in_use = Table(journal)
         self.leaked = Table(journal)
+        self.huge = Table(journal)
         self.regions = tuple(regions)
         self._total = sum(region.size for region in regions) // PAGE_SIZE
         self._returned = Table(journal)
@@ -91,6 +93,31 @@ class HostPages:
                 self.regions = (*self.regions[:number], shorter, *self.regions[number + 1 :])
                 return shorter.end
         return NO_PAGE
+
+    def alloc_huge_page(self, size: int, use: str) -> int:
+        """HPA of a free, aligned page of `size` bytes (2 MiB, 1 GiB), or NO_PAGE.
+
+        Source: mm/hugetlb.c. Differs: only never touched memory can become a large page.
+        """
+        for number, region in reversed(list(enumerate(self.regions))):
+            used = self._next if number == self._region else 0
+            hpa = region.end - size & -size
+            if number >= self._region and hpa >= region.base + used:
+                pieces = [Region(region.base, hpa - region.base)]
+                if hpa + size < region.end:
+                    pieces.append(Region(hpa + size, region.end - hpa - size))
+                self.regions = (*self.regions[:number], *pieces, *self.regions[number + 1 :])
+                self.huge.put(hpa, (size, use))
+                return hpa
+        return NO_PAGE
+
+    def free_huge_page(self, hpa: int) -> None:
+        """The large page at `hpa` is free again. Refuses what is not out: ValueError."""
+        if hpa not in self.huge:
+            raise ValueError(f"{hpa:#x} is no large page that is in use; it cannot be freed")
+        size, _ = self.huge[hpa]
+        self.huge.drop(hpa)
+        self.regions = (*self.regions, Region(hpa, size))
 
     def leak(self, hpa: int, why: str) -> None:
         """The page is out and will never come back. why: the failure that leaked it."""
