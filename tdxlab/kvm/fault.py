@@ -170,7 +170,7 @@ def kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: PageFault) -> Doing:
     the gfn is not, or the reverse; what `kvm_handle_noslot_fault` says of a gfn without slot;
     RET_PF_RETRY if the slot is being deleted or the gfn invalidated; what the lookup says;
     RET_PF_RETRY if it was invalidated meanwhile.
-    Yields with the sequence number taken, and before the lookup.
+    Yields before the lookup, which may sleep.
     Source: kvm_mmu_faultin_pfn. Differs: there is no slot for the APIC-access page; a lookup holds
     no reference to the page, since a page that goes away makes the fault stale.
     """
@@ -179,7 +179,6 @@ def kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: PageFault) -> Doing:
         vm.bug("kvm_mmu_faultin_pfn: the gfn has the shared bit")
         return -EFAULT
     fault.mmu_seq = seq = vm.mmu_invalidate_seq
-    yield ("mmu_invalidate_seq", fault.addr, fault.error_code, seq)
     if fault.is_private != vm.attributes.is_private(gfn):
         kvm_mmu_prepare_memory_fault_exit(vcpu, fault)
         return -EFAULT

@@ -80,12 +80,12 @@ class PageFault:
     def from_error_code(cls, addr: int, error_code: int, *, prefetch: bool = False) -> PageFault:
         """The fault that `error_code` (PFERR_* bits) describes."""
         return cls(
-            addr=addr,
-            error_code=error_code,
-            prefetch=prefetch,
-            execute=bool(error_code & PFERR_FETCH_MASK),
-            write=bool(error_code & PFERR_WRITE_MASK),
-            present=bool(error_code & PFERR_PRESENT_MASK),
-            rsvd=bool(error_code & PFERR_RSVD_MASK),
-            is_private=bool(error_code & PFERR_PRIVATE_ACCESS),
+            addr,
+            error_code,
+            prefetch,
+            error_code & PFERR_FETCH_MASK != 0,
+            error_code & PFERR_WRITE_MASK != 0,
+            error_code & PFERR_PRESENT_MASK != 0,
+            error_code & PFERR_RSVD_MASK != 0,
+            error_code & PFERR_PRIVATE_ACCESS != 0,
         )

@@ -175,7 +175,7 @@ def test_kvm_mmu_do_page_fault_leaves_mmu_lock_free_however_it_ends() -> None:
 # -- races with an invalidation
 
 
-@pytest.mark.parametrize("label", ["mmu_invalidate_seq", "faultin_pfn", "read_lock(mmu_lock)"])
+@pytest.mark.parametrize("label", ["faultin_pfn", "read_lock(mmu_lock)"])
 def test_kvm_mmu_do_page_fault_retry_when_anything_is_invalidated_meanwhile(label: str) -> None:
     scene = td_scene()
     fault = stop_at(kvm_mmu_do_page_fault(scene.vcpu, GFN << 12, PRIVATE_CODE), label)
