@@ -29,7 +29,8 @@ class TdpIter:
     """struct tdp_iter: where a walk of one root stands.
 
     gfn: first frame of the entry, without gfn_bits; level: of the entry. gfn_bits: bits that are
-    set in every gfn when it is looked up in this root. min_level: the lowest level to visit.
+    set in every gfn when it is looked up in this root. min_level: the lowest level to visit; one above the
+    root's holds nobody back.
     word: index of the entry in `vm.memory.words`; old_spte: its value when it was last read.
     next_last_level_gfn: gfn that the walk is heading for; yielded_gfn: what that was when the walk
     last started. yielded: set by who let go of the lock at this entry; the walk starts again.
@@ -86,7 +87,8 @@ class TdpIter:
         """
         memory = self.vm.memory
         view, frames = memory.words.view, memory.frames
-        gfn_bits, min_level, root_level = self.gfn_bits, self.min_level, self.root_level
+        gfn_bits, root_level = self.gfn_bits, self.root_level
+        lowest = self.min_level if self.min_level <= root_level else 1
         goal = self.next_last_level_gfn
         table = [0] * (root_level + 1)  # word index of the table at each level
         table[root_level] = base = frames[self.root.spt >> PAGE_SHIFT]
@@ -107,7 +109,7 @@ class TdpIter:
                     restart = True
                     break
                 spte = view[word]
-                if level != min_level and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
+                if level != lowest and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
                     level -= 1
                     shift -= LEVEL_BITS
                     table[level] = base = frames[(spte & HPA_MASK) >> PAGE_SHIFT]

@@ -64,6 +64,13 @@ def test_for_each_tdp_pte_min_level_stays_above_the_level(bench: MmuBench, vcpu:
     assert visits(walk) == [(4, 0), (3, 0), (2, 0), (2, 0x200)]
 
 
+def test_for_each_tdp_pte_min_level_above_the_root_visits_all_levels(
+    bench: MmuBench, vcpu: Vcpu
+) -> None:
+    walk = for_each_tdp_pte_min_level(bench.vm, bench.root(vcpu), 5, 0x1FF, 0x200)
+    assert visits(walk) == [(4, 0), (3, 0), (2, 0), (1, 0x1FF)]
+
+
 def test_walk_stands_behind_the_range_when_it_ends(bench: MmuBench, vcpu: Vcpu) -> None:
     it = TdpIter(bench.vm, bench.root(vcpu), 1, 0x1FF, 0)
     assert len(list(it.walk(0x200))) == 4
