@@ -29,8 +29,8 @@ class TdpIter:
     """struct tdp_iter: where a walk of one root stands.
 
     gfn: first frame of the entry, without gfn_bits; level: of the entry. gfn_bits: bits that are
-    set in every gfn when it is looked up in this root. min_level: the lowest level to visit; one above the
-    root's holds nobody back.
+    set in every gfn when it is looked up in this root. min_level: the lowest level to visit; one
+    above the root's holds nobody back.
     word: index of the entry in `vm.memory.words`; old_spte: its value when it was last read.
     next_last_level_gfn: gfn that the walk is heading for; yielded_gfn: what that was when the walk
     last started. yielded: set by who let go of the lock at this entry; the walk starts again.
