@@ -15,6 +15,7 @@ from functools import partial
 
 from tdxlab.journal import Field, Table
 from tdxlab.kvm import tdx_hooks
+from tdxlab.kvm.exits import KvmExit
 from tdxlab.kvm.external import Hook
 from tdxlab.kvm.host import Doing, KvmHost
 from tdxlab.kvm.pages import NO_PAGE
@@ -39,7 +40,8 @@ class Tdx:
 
     state: TD_STATE_*. hkid: its KeyID; 0 before it has one, -1 afterwards. td: its control pages.
     nr_premapped: pages that the mirror maps and the module does not yet. wait_for_sept_zap: no vCPU
-    may enter. attributes, xfam, tsc_offset, tsc_multiplier: of the TD.
+    may enter. attributes, xfam, tsc_offset, tsc_multiplier: of the TD. exits_on_map_gpa: user
+    space takes KVM_HC_MAP_GPA_RANGE (KVM_CAP_EXIT_HYPERCALL).
     """
 
     state: Field[str] = Field(TD_STATE_UNINITIALIZED)
@@ -51,6 +53,7 @@ class Tdx:
     xfam = Field(0)
     tsc_offset = Field(0)
     tsc_multiplier = Field(0)
+    exits_on_map_gpa = Field(False)
 
     def __init__(self, host: KvmHost, vm: Vm) -> None:
         self.host = host
@@ -136,9 +139,12 @@ class TdxVcpu(Vcpu):
     """struct vcpu_tdx. tdx: its TD. vp: its control pages. tdx_state: VCPU_TD_STATE_*. pi_desc: HPA
     of the page with its posted-interrupt descriptor.
 
-    exit_reason, exit_qualification, ext_exit_qualification, exit_gpa: of the last TD exit, as
-    struct vcpu_vt keeps them. guest_registers: what VP.ENTER returned and will take next, (name,
-    value) pairs. map_gpa_next, map_gpa_end: where a MapGPA request stands, byte addresses.
+    vp_enter_ret: RAX of the last TDH.VP.ENTER. exit_reason: what VMX would call that exit. args:
+    the registers that VP.ENTER returned and will take next, (name, value) pairs without zeros.
+    map_gpa_next, map_gpa_end: where a MapGPA request stands, byte addresses. halted: it waits for
+    an event. pending_events: "interrupt", "NMI". run: how KVM_RUN came back. completion: what the
+    next KVM_RUN has to finish first. hypercall_ret, mmio_data: answers of user space. srcu_index:
+    of its read lock, -1 while it holds none.
     """
 
     vp: Field[TdxVp] = Field(TdxVp())
@@ -146,18 +152,29 @@ class TdxVcpu(Vcpu):
     pi_desc = Field(NO_PAGE)
     vp_enter_ret = Field(0)
     exit_reason = Field(0)
-    exit_qualification = Field(0)
-    ext_exit_qualification = Field(0)
-    exit_gpa = Field(0)
-    guest_registers: Field[tuple[tuple[str, int], ...]] = Field(())
+    args: Field[tuple[tuple[str, int], ...]] = Field(())
     map_gpa_next = Field(0)
     map_gpa_end = Field(0)
     halted = Field(False)
+    run: Field[KvmExit | None] = Field(None)
+    completion = Field("")
+    hypercall_ret = Field(0)
+    mmio_data = Field(0)
+    srcu_index = Field(-1)
     pending_events: Field[frozenset[str]] = Field(frozenset())
 
     def __init__(self, tdx: Tdx, vcpu_id: int) -> None:
         super().__init__(tdx.vm, vcpu_id)
         self.tdx = tdx
+
+    def arg(self, name: str) -> int:
+        """One register of the last exit."""
+        return dict(self.args).get(name, 0)
+
+    def answer(self, **registers: int) -> None:
+        """Set registers that the guest gets when it is entered again."""
+        values = {**dict(self.args), **registers}
+        self.args = tuple((name, value) for name, value in values.items() if value)
 
     @property
     def is_initialised(self) -> bool:
