@@ -193,10 +193,18 @@ def tdp_mmu_iter_cond_resched(
         return False
     if flush:
         vm.flush_remote_tlbs()
-    vm.emit("yield", mode)
-    vm.mmu_lock.unlock(mode)
-    yield from vm.mmu_lock.lock(mode)
+    yield from cond_resched_rwlock(vm, mode)
     if it.gfn > it.next_last_level_gfn:
         vm.warn(f"tdp_mmu_iter_cond_resched: gfn {it.gfn:#x} is beyond the goal")
     it.yielded = True
     return True
+
+
+def cond_resched_rwlock(vm: Vm, mode: str) -> Generator[Step, None, None]:
+    """Let go of mmu_lock and take it again. mode: locks.READ or WRITE.
+
+    Source: include/linux/sched.h, cond_resched_rwlock_read and _write.
+    """
+    vm.emit("yield", mode)
+    vm.mmu_lock.unlock(mode)
+    yield from vm.mmu_lock.lock(mode)

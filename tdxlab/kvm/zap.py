@@ -50,6 +50,8 @@ from tdxlab.kvm.spte import (
     SPTE_MMU_PRESENT_MASK,
 )
 from tdxlab.kvm.tdp_iter import (
+    TdpIter,
+    cond_resched_rwlock,
     for_each_tdp_pte,
     for_each_tdp_pte_min_level_all,
     tdp_mmu_iter_cond_resched,
@@ -106,22 +108,27 @@ def tdp_mmu_zap_leafs(
     """
     assert vm.mmu_lock.held(WRITE)
     end = min(end, tdp_mmu_max_gfn_exclusive(vm))
-    lock = vm.mmu_lock
+    wanted = can_yield and _is_lock_wanted(vm)
     for it in for_each_tdp_pte(vm, root, start, end):
-        if (
-            can_yield
-            and (vm.need_resched is not None or lock.is_contended)
-            and (yield from tdp_mmu_iter_cond_resched(vm, it, flush, WRITE))
-        ):
+        if wanted and (yield from tdp_mmu_iter_cond_resched(vm, it, flush, WRITE)):
             flush = False
+            wanted = _is_lock_wanted(vm)
             continue
         spte = it.old_spte
         if not spte & SPTE_MMU_PRESENT_MASK or (it.level > 1 and not spte & PT_PAGE_SIZE_MASK):
             continue
         yield from tdp_mmu_iter_set_spte(vm, it, SHADOW_NONPRESENT_VALUE)
+        wanted = can_yield and _is_lock_wanted(vm)
         if not is_invalid_root(vm, root):
             flush = True
     return flush
+
+
+def _is_lock_wanted(vm: Vm) -> bool:
+    """Somebody may want the walker to give up mmu_lock. That changes only while others run, so it
+    need not be asked at every entry.
+    """
+    return vm.need_resched is not None or vm.mmu_lock.is_contended
 
 
 def kvm_tdp_mmu_zap_leafs(vm: Vm, start: int, end: int, flush: bool) -> Flushing:
@@ -182,24 +189,28 @@ def _zap_level(vm: Vm, root: MmuPage, shared: bool, zap_level: int) -> Work:
     Source: tdp_mmu.c, __tdp_mmu_zap_root.
     """
     mode = READ if shared else WRITE
-    lock = vm.mmu_lock
+    wanted = _is_lock_wanted(vm)
     for it in for_each_tdp_pte_min_level_all(vm, root, zap_level):
-        zapped = False
-        while not zapped:
-            if (vm.need_resched is not None or lock.is_contended) and (
-                yield from tdp_mmu_iter_cond_resched(vm, it, False, mode)
-            ):
+        while True:
+            if wanted and (yield from tdp_mmu_iter_cond_resched(vm, it, False, mode)):
                 break
             if it.level > zap_level or not it.old_spte & SPTE_MMU_PRESENT_MASK:
                 break
-            if shared:
-                error = yield from tdp_mmu_set_spte_atomic(vm, it, SHADOW_NONPRESENT_VALUE)
-                zapped = not error
-                if error and it.is_mirror:
-                    yield (WAIT, "mirror entry cleared under the shared lock", it.gfn, it.level)
-            else:
-                yield from tdp_mmu_iter_set_spte(vm, it, SHADOW_NONPRESENT_VALUE)
-                zapped = True
+            error = yield from _clear_entry(vm, it, shared)
+            wanted = _is_lock_wanted(vm)
+            if not error:
+                break
+
+
+def _clear_entry(vm: Vm, it: TdpIter, shared: bool) -> Generator[Step, None, int]:
+    """Empty the entry at `it`. Returns 0, or -EBUSY if it changed meanwhile: then try again."""
+    if not shared:
+        yield from tdp_mmu_iter_set_spte(vm, it, SHADOW_NONPRESENT_VALUE)
+        return 0
+    error = yield from tdp_mmu_set_spte_atomic(vm, it, SHADOW_NONPRESENT_VALUE)
+    if error and it.is_mirror:
+        yield (WAIT, "mirror entry cleared under the shared lock", it.gfn, it.level)
+    return error
 
 
 def tdp_mmu_zap_root(vm: Vm, root: MmuPage, shared: bool) -> Work:
@@ -335,9 +346,7 @@ def kvm_recover_nx_huge_pages(vm: Vm, ratio: int = NX_RECOVERY_RATIO) -> Work:
             if flush:
                 vm.flush_remote_tlbs()
             flush = False
-            vm.emit("yield", WRITE)
-            vm.mmu_lock.unlock(WRITE)
-            yield from vm.mmu_lock.lock(WRITE)
+            yield from cond_resched_rwlock(vm, WRITE)
     if flush:
         vm.flush_remote_tlbs()
     vm.mmu_lock.unlock(WRITE)
