@@ -4,15 +4,17 @@ from errno import EBADF, EEXIST, EINVAL
 
 import pytest
 from fault_scene import HVA
-from slots_scene import SlotScene
+from slots_scene import WRITE_CODE, SlotScene
 
+from tdxlab.kvm.fault import kvm_mmu_page_fault
 from tdxlab.kvm.memory_region import (
     USER_LIMIT,
     kvm_set_memory_region,
     kvm_vm_ioctl_set_memory_region,
 )
-from tdxlab.kvm.page_fault import RET_PF_FIXED, RET_PF_RETRY
+from tdxlab.kvm.page_fault import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY
 from tdxlab.kvm.params import KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM
+from tdxlab.kvm.roots import kvm_mmu_reload
 from tdxlab.kvm.slots import (
     KVM_MEM_GUEST_MEMFD,
     KVM_MEM_LOG_DIRTY_PAGES,
@@ -21,7 +23,8 @@ from tdxlab.kvm.slots import (
     KVM_USER_MEM_SLOTS,
     MAX_NR_PAGES,
 )
-from tdxlab.steps import WAIT, Schedule, run
+from tdxlab.kvm.spte import is_present_leaf
+from tdxlab.steps import WAIT, Schedule, run, seeded
 
 GMEM = KVM_MEM_GUEST_MEMFD
 
@@ -270,3 +273,26 @@ def test_kvm_set_memory_region_is_taken_back_by_a_rewind():
     scene.journal.rewind(mark)
     assert scene.digest() == before
     assert scene.set(0, 0x100, 0x40, GMEM) == 0
+
+
+@pytest.mark.parametrize("vm_type", [0, KVM_X86_SW_PROTECTED_VM])
+@pytest.mark.parametrize("seed", range(40))
+def test_kvm_set_memory_region_deletes_with_no_mapping_left_whoever_moves_first(vm_type, seed):
+    scene = SlotScene(vm_type)
+    scene.process.mmap(HVA, 0x40000)
+    scene.set(0, 0, 0x40)
+    vm, gfn = scene.vm, 5
+
+    def vcpu_exit():
+        index = vm.srcu.read_lock()
+        ret = yield from kvm_mmu_page_fault(scene.vcpu, gfn << 12, WRITE_CODE)
+        vm.srcu.read_unlock(index)
+        return ret
+
+    deletion = kvm_set_memory_region(vm, 0, 0, 0, 0, HVA)
+    results = seeded([deletion, vcpu_exit()], seed).results
+    assert results[0] == 0
+    assert results[1] in (RET_PF_FIXED, RET_PF_RETRY, RET_PF_EMULATE)
+    run(kvm_mmu_reload(scene.vcpu))
+    level, spte = scene.spte(gfn << 12)
+    assert results[1] == RET_PF_EMULATE or not is_present_leaf(spte, level)
