@@ -47,7 +47,8 @@ class Journal:
     def __init__(self) -> None:
         self._log: list[tuple[Any, Any, Any]] = []
         self._marks: list[Mark] = []
-        self._stores: list[Words | Table] = []
+        #: number -> store, in the order in which they came; a rewind forgets those that came later
+        self._stores: dict[int, Words | Table] = {}
 
     @property
     def recording(self) -> bool:
@@ -60,7 +61,10 @@ class Journal:
 
     def attach(self, store: Words | Table) -> None:
         """Put `store` under this journal."""
-        self._stores.append(store)
+        number = len(self._stores)
+        if self._marks:
+            self._log.append((self._stores, number, _ABSENT))
+        self._stores[number] = store
         store.switch(self._log if self._marks else None)
 
     def mark(self) -> Mark:
@@ -113,6 +117,8 @@ class Journal:
                 del target[key]
             else:
                 target[key] = value
+            if target is self._stores and value is not _ABSENT:
+                value.switch(self._log if self._marks else None)
 
     def forget(self, mark: Mark) -> None:
         """As `release`, for a mark that may have died in a rewind already."""
@@ -125,7 +131,7 @@ class Journal:
         without: a store that does not count.
         """
         total = hashlib.sha256()
-        for store in self._stores:
+        for store in self._stores.values():
             if store is without:
                 continue
             for piece in store.pieces():
@@ -140,7 +146,7 @@ class Journal:
         raise ValueError("this mark is not held any more; take a new one with journal.mark()")
 
     def _switch(self, log: list[tuple[Any, Any, Any]] | None) -> None:
-        for store in self._stores:
+        for store in self._stores.values():
             store.switch(log)
 
 

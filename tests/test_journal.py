@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tdxlab.journal import Journal, Mark, Snapshots, Table, Words
+from tdxlab.journal import Field, Journal, Mark, Snapshots, Table, Words
 
 
 class Stores:
@@ -172,3 +172,80 @@ def test_words_read_and_fill_little_endian(stores: Stores) -> None:
 def test_sparse_words_refuse_more_than_the_address_space() -> None:
     with pytest.raises(ValueError, match="with less memory"):
         Words(Journal(), 1 << 58, sparse=True)
+
+
+def test_rewind_forgets_stores_that_came_after_the_mark(stores: Stores) -> None:
+    before = stores.journal.digest()
+    mark = stores.journal.mark()
+    late = Table(stores.journal)
+    late.put("key", 1)
+    assert stores.journal.digest() != before
+    stores.journal.rewind(mark)
+    assert late == {}
+    assert stores.journal.digest() == before
+
+
+def test_restoring_a_later_snapshot_brings_its_stores_back(stores: Stores) -> None:
+    snapshots = Snapshots(stores.journal)
+    snapshots.keep("early")
+    late = Table(stores.journal)
+    late.put("key", 1)
+    snapshots.keep("late")
+    digest = stores.journal.digest()
+    snapshots.restore("early")
+    snapshots.restore("late")
+    assert stores.journal.digest() == digest
+    late.put("key", 2)
+    snapshots.restore("late")
+    assert late == {"key": 1}
+
+
+class Counter:
+    """Two attributes that a journal can take back."""
+
+    count = Field(3)
+    names: Field[tuple[str, ...]] = Field(())
+
+    def __init__(self, journal: Journal) -> None:
+        self.fields = Table(journal)
+
+
+def test_field_reads_as_its_default_until_it_is_set() -> None:
+    counter = Counter(Journal())
+    assert (counter.count, counter.names) == (3, ())
+    assert counter.fields == {}
+    counter.count += 1
+    assert counter.count == 4
+    assert counter.fields == {"count": 4}
+
+
+def test_fields_of_two_owners_are_apart() -> None:
+    journal = Journal()
+    first, second = Counter(journal), Counter(journal)
+    first.count, first.names = 7, ("a",)
+    assert (second.count, second.names) == (3, ())
+
+
+def test_field_is_taken_back_to_its_value_or_its_default() -> None:
+    journal = Journal()
+    counter = Counter(journal)
+    counter.count = 5
+    mark, digest = journal.mark(), journal.digest()
+    counter.count, counter.names = 6, ("a",)
+    assert journal.digest() != digest
+    journal.rewind(mark)
+    assert (counter.count, counter.names) == (5, ())
+    assert journal.digest() == digest
+
+
+def test_field_that_is_set_to_its_default_counts_as_a_change_of_state() -> None:
+    journal = Journal()
+    counter = Counter(journal)
+    digest = journal.digest()
+    counter.count = 3
+    assert journal.digest() != digest
+
+
+def test_field_of_the_class_is_the_field_itself() -> None:
+    assert isinstance(Counter.count, Field)
+    assert (Counter.count.name, Counter.count.default) == ("count", 3)

@@ -1,0 +1,164 @@
+"""The root object: a machine with Linux on it, the TDX module up, and VMs.
+
+    machine = Machine(gpaw=48, memory="4 GiB", lps=4, packages=2)
+    td = machine.create_td(vcpus=2, memory="64 MiB")
+    td.touch(0x1000)
+    td.convert(0x0, "2 MiB", to="shared")
+    td.destroy()
+    machine.seamcalls["TDH.MEM.PAGE.AUG"]
+
+Two machines share nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from tdxlab import accounts, steps
+from tdxlab.abi.leaves import HOST_LEAVES
+from tdxlab.arch import GPAW_CHOICES, PAGE_SIZE, SIZE_1G, shared_bit
+from tdxlab.bare import BareMachine
+from tdxlab.hardware import default_platform
+from tdxlab.journal import Field, Table
+from tdxlab.kvm.params import MmuParams
+from tdxlab.kvm.tdx_module import tdx_bringup
+from tdxlab.sizes import format_size, parse_size
+from tdxlab.vmm import Gate
+from tdxlab.vmm_run import PlayingHost
+from tdxlab.vmm_td import Td
+
+#: Where firmware ends, as on a PC.
+FIRMWARE_END = 4 * SIZE_1G
+
+
+class Machine(BareMachine):
+    """A machine that Linux has booted on, with KVM and the TDX module ready for TDs.
+
+    gpaw: guest address width of the TDs it creates, 48 or 52. memory: for guests and for what KVM
+    and the module need for them: a multiple of 1 GiB, as an int of bytes or as "4 GiB". lps: 1 to
+    256 logical processors, spread over `packages` (1 to 8). params: CPU facts and module parameters
+    of KVM. encrypted: as for `BareMachine`.
+    Refuses values out of range: ValueError.
+    """
+
+    _created = Field(0)
+
+    def __init__(
+        self,
+        *,
+        gpaw: int = 48,
+        memory: int | str = "4 GiB",
+        lps: int = 4,
+        packages: int = 2,
+        params: MmuParams | None = None,
+        encrypted: bool = True,
+    ) -> None:
+        if gpaw not in GPAW_CHOICES:
+            raise ValueError(f"GPAW {gpaw} is not a TDX guest address width; choose 48 or 52")
+        size = parse_size(memory)
+        if size % SIZE_1G:
+            raise ValueError(
+                f"{format_size(size)} of memory; choose a multiple of 1 GiB, such as '4 GiB'"
+            )
+        platform = default_platform(tdmr_gib=size // SIZE_1G, lps=lps, packages=packages)
+        super().__init__(platform, encrypted=encrypted)
+        self.gpaw = gpaw
+        self.fields = Table(self.journal)
+        self.host = PlayingHost(self, params=params)
+        failed = steps.run(self.host.on_cpu(0, tdx_bringup(self.host)))
+        if failed:
+            raise ValueError(f"the TDX module did not come up: errno {-failed}; more memory helps")
+
+    # -- VMs
+
+    def create_td(
+        self,
+        *,
+        vcpus: int = 1,
+        memory: int | str = "64 MiB",
+        gpaw: int | None = None,
+        image: bytes = b"",
+        accepts: bool = True,
+        sept_ve_disable: bool = True,
+        discards: bool = False,
+        launch: bool = True,
+        name: str = "",
+    ) -> Td:
+        """A TD with its memory at GPA 0, private and not yet mapped, ready to run.
+
+        vcpus: 1 to 16384. memory: bytes, or such as "64 MiB"; a multiple of 4 KiB. gpaw: None for
+        the machine's. image: firmware, measured and mapped at its place below 4 GiB. accepts: the
+        guest accepts private pages before use. sept_ve_disable: using a page that is not accepted
+        is no #VE for the guest but the TD's death. discards: a conversion throws the other copy of
+        the page away. launch: False leaves `finalize` to the caller.
+        Refuses values out of range: ValueError; what KVM refuses: IoctlError. The machine is then
+        unchanged.
+        """
+        size = self._memory_size(memory, self.gpaw if gpaw is None else gpaw)
+        if vcpus < 1:
+            raise ValueError(f"{vcpus} vCPUs; a TD that can be built has at least 1")
+        mark = self.mark()
+        try:
+            td = Td(
+                self.host,
+                gpaw=self.gpaw if gpaw is None else gpaw,
+                accepts=accepts,
+                discards=discards,
+                name=name or self._name("TD"),
+            )
+            td.init_vm(max_vcpus=vcpus, sept_ve_disable=sept_ve_disable)
+            for _ in range(vcpus):
+                td.add_vcpu()
+            td.add_memory(0, size)
+            if image:
+                _add_firmware(td, size, image)
+            if launch:
+                td.finalize()
+        except (ValueError, OSError):
+            self.rewind(mark)
+            raise
+        finally:
+            self.journal.forget(mark)
+        return td
+
+    def _name(self, kind: str) -> str:
+        self._created += 1
+        return f"{kind} {self._created}"
+
+    def _memory_size(self, memory: int | str, gpaw: int) -> int:
+        size = parse_size(memory)
+        limit = 1 << shared_bit(gpaw)
+        if size % PAGE_SIZE or size > limit:
+            raise ValueError(
+                f"{size:#x} bytes of memory; choose a multiple of {PAGE_SIZE:#x}, "
+                f"at most {format_size(limit)} (GPAW {gpaw})"
+            )
+        return size
+
+    # -- counts
+
+    @property
+    def seamcalls(self) -> Mapping[str, int]:
+        """Name of each leaf that was called, such as "TDH.MEM.PAGE.AUG" -> calls since the machine
+        was made.
+        """
+        counts = self.trace.seamcalls()
+        return MappingProxyType({HOST_LEAVES[leaf].name: n for leaf, n in counts.items()})
+
+    def tables(self, vm: Gate) -> dict[str, accounts.Levels]:
+        """Occupancy of a VM's page tables: tree ("mirror", "external", "direct") -> name of a level
+        ("4K" for the tables of 4 KiB entries) -> tables, entries, bytes.
+        """
+        tdr = vm.tdr if isinstance(vm, Td) else None
+        return accounts.tables(self, vm.vm, tdr)
+
+
+def _add_firmware(td: Td, memory: int, image: bytes) -> None:
+    """Firmware below 4 GiB, or behind the guest's memory where that is larger."""
+    size = -(-len(image) // PAGE_SIZE) * PAGE_SIZE
+    gpa = FIRMWARE_END - size
+    if memory > gpa:
+        gpa = memory
+    td.add_memory(gpa, size)
+    td.add_image(gpa, image)
