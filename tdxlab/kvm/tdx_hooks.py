@@ -99,8 +99,17 @@ def _tdx_mem_page_record_premap_cnt(tdx: Tdx) -> int:
 def tdx_sept_remove_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
     """Unmap a page, so that it can be used for anything afterwards. mmu_lock is held for write.
 
-    Returns 0; -EINVAL or -EIO with the VM dead. Where it fails the page keeps its reference.
+    Returns 0; -EINVAL or -EIO with the VM dead. Where it fails the page keeps its reference for
+    ever: it is lost.
     """
+    ret = yield from _tdx_sept_remove(tdx, gfn, level, pfn)
+    hpa = pfn << PAGE_SHIFT
+    if ret and hpa in tdx.host.pages.in_use:
+        tdx.host.pages.leak(hpa, tdx.vm.vm_bugged)
+    return ret
+
+
+def _tdx_sept_remove(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
     if not tdx.is_hkid_assigned:
         tdx.vm.bug("a private page is removed without a KeyID")
         return -EINVAL
