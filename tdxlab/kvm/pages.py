@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from tdxlab.arch import PAGE_SIZE
+from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
+from tdxlab.bits import MASK64
 from tdxlab.hardware import Region
-from tdxlab.journal import Field, Journal, Table
+from tdxlab.journal import Field, Journal, Table, Words
 
 #: What `alloc_page` returns when there is no page, which is -ENOMEM for its caller.
 NO_PAGE = -1
@@ -36,24 +37,33 @@ class PageSource(Protocol):
 
 class HostPages:
     """The free pages of some regions of RAM. Never touched ones are handed out in ascending order,
-    returned ones first.
+    the one that was returned last first.
 
-    in_use: HPA -> use of every 4 KiB page that is out. leaked: HPA -> why it will never come back.
-    huge: HPA -> (bytes, use) of every large page that is out.
+    leaked: HPA -> why it will never come back. huge: HPA -> (bytes, use) of every large page that
+    is out.
     """
 
     _next = Field(0)
     _region = Field(0)
+    #: the page that was returned last, and the one before it in its link; NO_PAGE at the end
+    _returned = Field(NO_PAGE)
     regions: Field[tuple[Region, ...]] = Field(())
 
     def __init__(self, journal: Journal, regions: Sequence[Region]) -> None:
         self.fields = Table(journal)
-        self.in_use = Table(journal)
         self.leaked = Table(journal)
         self.huge = Table(journal)
         self.regions = tuple(regions)
         self._total = sum(region.size for region in regions) // PAGE_SIZE
-        self._returned = Table(journal)
+        pfns = max(region.end for region in regions) // PAGE_SIZE
+        #: by pfn: number of its use, 0 while it is not out
+        self._use = Words(journal, pfns, typecode="H", sparse=True)
+        #: by pfn, of returned pages: HPA of the one returned before it
+        self._link = Words(journal, pfns, sparse=True)
+        self._out = Words(journal, 1)
+        #: names of uses by number; only ever grows, so that a number means the same after a rewind
+        self._names = [""]
+        self._numbers: dict[str, int] = {}
 
     @property
     def total(self) -> int:
@@ -64,21 +74,45 @@ class HostPages:
     def free(self) -> int:
         """Pages that can still be had."""
         contiguous = self.total - sum(region.size for region in self.regions) // PAGE_SIZE
-        return self.total - contiguous - len(self.in_use) - len(self.leaked)
+        return self.total - contiguous - self._out.view[0] - len(self.leaked)
+
+    @property
+    def in_use(self) -> dict[int, str]:
+        """HPA -> use of every 4 KiB page that is out. It is put together at each call."""
+        found = {}
+        for offset, chunk in self._use.touched():
+            for place, number in enumerate(memoryview(chunk).cast("H")):
+                if number:
+                    found[(offset // 2 + place) * PAGE_SIZE] = self._names[number]
+        return found
+
+    def use_of(self, hpa: int) -> str:
+        """What the page at `hpa` is out for, "" if it is not."""
+        return self._names[self._use.view[hpa >> PAGE_SHIFT]]
 
     def alloc_page(self, use: str) -> int:
         """HPA of a free 4 KiB page, or NO_PAGE."""
         hpa = self._take()
         if hpa != NO_PAGE:
-            self.in_use.put(hpa, use)
+            number = self._numbers.get(use)
+            if number is None:
+                number = self._numbers[use] = len(self._names)
+                self._names.append(use)
+            self._use.cells[hpa >> PAGE_SHIFT] = number
+            self._out.cells[0] = self._out.view[0] + 1
         return hpa
 
     def free_page(self, hpa: int) -> None:
         """The page is free again. Refuses one that is not out: ValueError."""
-        if hpa not in self.in_use:
+        self._end_use(hpa)
+        self._link.cells[hpa >> PAGE_SHIFT] = self._returned & MASK64
+        self._returned = hpa
+
+    def _end_use(self, hpa: int) -> None:
+        if not self.use_of(hpa):
             raise ValueError(f"page {hpa:#x} is not in use; it cannot be freed")
-        self.in_use.drop(hpa)
-        self._returned.put(hpa, None)
+        self._use.cells[hpa >> PAGE_SHIFT] = 0
+        self._out.cells[0] = self._out.view[0] - 1
 
     def alloc_contig_pages(self, size: int, near: Region) -> int:
         """HPA of `size` contiguous bytes for good, from the end of a region that touches `near`, or
@@ -120,15 +154,19 @@ class HostPages:
         self.regions = (*self.regions, Region(hpa, size))
 
     def leak(self, hpa: int, why: str) -> None:
-        """The page is out and will never come back. why: the failure that leaked it."""
-        self.in_use.drop(hpa)
+        """The page is out and will never come back. why: the failure that leaked it.
+
+        Refuses one that is not out: ValueError.
+        """
+        self._end_use(hpa)
         self.leaked.put(hpa, why)
 
     def _take(self) -> int:
-        if self._returned:
-            hpa = next(reversed(self._returned))
-            self._returned.drop(hpa)
-            return int(hpa)
+        hpa = self._returned
+        if hpa != NO_PAGE:
+            before = self._link.view[hpa >> PAGE_SHIFT]
+            self._returned = NO_PAGE if before == MASK64 else before
+            return hpa
         while self._region < len(self.regions):
             region = self.regions[self._region]
             hpa = region.base + self._next

@@ -51,7 +51,8 @@ def track_possible_nx_huge_page(vm: Vm, sp: MmuPage) -> None:
     Source: mmu.c, track_possible_nx_huge_page.
     """
     if sp.spt not in vm.possible_nx_huge_pages:
-        vm.possible_nx_huge_pages.put(sp.spt, None)
+        newest = max(vm.possible_nx_huge_pages.values(), default=0)
+        vm.possible_nx_huge_pages.put(sp.spt, newest + 1)
         vm.add_stat("nx_lpage_splits", 1)
 
 

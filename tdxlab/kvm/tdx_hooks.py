@@ -104,7 +104,7 @@ def tdx_sept_remove_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Ho
     """
     ret = yield from _tdx_sept_remove(tdx, gfn, level, pfn)
     hpa = pfn << PAGE_SHIFT
-    if ret and hpa in tdx.host.pages.in_use:
+    if ret and tdx.host.pages.use_of(hpa):
         tdx.host.pages.leak(hpa, tdx.vm.vm_bugged)
     return ret
 

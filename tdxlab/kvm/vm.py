@@ -208,7 +208,7 @@ class Vm:
         self.fields = Table(journal)
         self.sps = Table(journal)
         self.root_count = Table(journal)
-        #: tables that stand where an executable large page could, oldest first: HPA -> None
+        #: tables that stand where an executable large page could: HPA -> number, ascending by age
         self.possible_nx_huge_pages = Table(journal)
         self.listener: Callable[[tuple[Any, ...]], None] | None = None
         self.need_resched: Callable[[], bool] | None = None

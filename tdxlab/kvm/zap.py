@@ -336,7 +336,8 @@ def kvm_recover_nx_huge_pages(vm: Vm, ratio: int = NX_RECOVERY_RATIO) -> Work:
     to_zap = -(-vm.stats["nx_lpage_splits"] // ratio) if ratio else 0
     while to_zap and vm.possible_nx_huge_pages:
         to_zap -= 1
-        sp: MmuPage = vm.sps[next(iter(vm.possible_nx_huge_pages))]
+        oldest = min(vm.possible_nx_huge_pages, key=vm.possible_nx_huge_pages.__getitem__)
+        sp: MmuPage = vm.sps[oldest]
         slot = vm.slots.find(sp.gfn, kvm_mmu_page_as_id(sp))
         if slot is not None and slot.is_dirty_tracked:
             unaccount_nx_huge_page(vm, sp)

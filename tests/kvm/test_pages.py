@@ -2,6 +2,7 @@
 
 import pytest
 
+from tdxlab.arch import PAGE_SIZE
 from tdxlab.hardware import Region
 from tdxlab.journal import Journal
 from tdxlab.kvm.pages import NO_PAGE, HostPages
@@ -76,3 +77,16 @@ def test_pages_are_taken_back_by_the_journal() -> None:
     journal.rewind(mark)
     assert journal.digest() == digest
     assert pages.alloc_page("x") == 0x11000
+
+
+def test_alloc_page_gives_the_same_pages_again_after_a_rewind() -> None:
+    journal = Journal()
+    pages = HostPages(journal, [Region(0x10000, 8 * PAGE_SIZE)])
+    out = [pages.alloc_page("guest_memfd") for _ in range(4)]
+    for hpa in (out[2], out[0], out[3]):
+        pages.free_page(hpa)
+    mark = journal.mark()
+    first = [pages.alloc_page("page table") for _ in range(5)]
+    journal.rewind(mark)
+    assert [pages.alloc_page("page table") for _ in range(5)] == first
+    assert first == [out[3], out[0], out[2], 0x14000, 0x15000]

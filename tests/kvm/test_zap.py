@@ -19,6 +19,7 @@ from tdxlab.kvm.roots import (
 )
 from tdxlab.kvm.slots import KVM_MEM_LOG_DIRTY_PAGES
 from tdxlab.kvm.spte import FROZEN_SPTE
+from tdxlab.kvm.tdp_mmu import track_possible_nx_huge_page
 from tdxlab.kvm.vm import INVALID_PAGE, MmuPage, Vcpu
 from tdxlab.kvm.zap import (
     GfnRange,
@@ -463,8 +464,7 @@ def split_for_nx(bench: MmuBench, *gfns: int, flags: int = 0) -> None:
     for gfn in gfns:
         sp = table_at(bench, 1, gfn)
         bench.vm.sps.put(sp.spt, sp._replace(nx_huge_page_disallowed=True))
-        bench.vm.possible_nx_huge_pages.put(sp.spt, None)
-        bench.vm.add_stat("nx_lpage_splits", 1)
+        track_possible_nx_huge_page(bench.vm, sp)
     slot = SLOT._replace(flags=flags)
     bench.vm.slots = SimpleNamespace(find=lambda gfn, as_id: slot)  # type: ignore[assignment]
 
