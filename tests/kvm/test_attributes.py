@@ -176,3 +176,13 @@ def test_kvm_vm_set_mem_attributes_leaves_no_shared_page_behind_whoever_moves_fi
     assert results[1] in (RET_PF_FIXED, RET_PF_RETRY, -EFAULT)
     assert scene.level(3) == 0
     assert scene.vm.mmu_invalidate_in_progress == 0
+
+
+def test_kvm_vm_set_mem_attributes_invalidates_a_large_page_of_which_the_range_is_the_beginning():
+    scene = td()
+    schedule = Schedule([kvm_vm_set_mem_attributes(scene.vm, 0x200, 0x228, private=True)])
+    while schedule.labels.get(0, ("",))[0] != "store attributes":
+        assert schedule.advance(0)
+    vm = scene.vm
+    assert (vm.mmu_invalidate_range_start, vm.mmu_invalidate_range_end) == (0x200, 0x400)
+    schedule.close()
