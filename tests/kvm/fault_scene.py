@@ -7,15 +7,26 @@ from collections.abc import Generator
 from tdxlab.arch import PAGE_SIZE
 from tdxlab.hardware import Region
 from tdxlab.journal import Journal
-from tdxlab.kvm.page_fault import PFERR_GUEST_FINAL_MASK, PFERR_PRIVATE_ACCESS
+from tdxlab.kvm.fault import kvm_mmu_do_page_fault
+from tdxlab.kvm.notifier import (
+    kvm_mmu_invalidate_begin,
+    kvm_mmu_invalidate_end,
+    kvm_mmu_invalidate_range_add,
+)
+from tdxlab.kvm.page_fault import (
+    PFERR_GUEST_FINAL_MASK,
+    PFERR_PRIVATE_ACCESS,
+    PFERR_WRITE_MASK,
+    PageFault,
+)
 from tdxlab.kvm.pages import HostPages
 from tdxlab.kvm.params import KVM_X86_TDX_VM, MmuParams, VmConfig, gfn_shared_bit
 from tdxlab.kvm.roots import kvm_mmu_load
-from tdxlab.kvm.slots import HostPage, NoGuestMemory, Slot
+from tdxlab.kvm.slots import KVM_MEM_GUEST_MEMFD, HostPage, NoGuestMemory, Slot
 from tdxlab.kvm.tdp_iter import for_each_tdp_pte
 from tdxlab.kvm.vm import Vcpu, Vm
 from tdxlab.memory import Memory
-from tdxlab.steps import Step, run
+from tdxlab.steps import Operation, Step, run
 from tdxlab.trace import Trace
 
 #: First frame of guest_memfd and of user memory.
@@ -151,3 +162,47 @@ class FaultScene:
 
 READ_CODE = PFERR_GUEST_FINAL_MASK
 PRIVATE_CODE = PFERR_GUEST_FINAL_MASK | PFERR_PRIVATE_ACCESS | 2
+
+WRITE_CODE = READ_CODE | PFERR_WRITE_MASK
+#: A slot's first gfn, a gfn in it, and one without slot.
+BASE, GFN, HOLE = 0x1000, 0x1005, 0x5000
+
+
+def td_scene(private: bool = True) -> FaultScene:
+    scene = FaultScene(KVM_X86_TDX_VM)
+    scene.add_slot(BASE, 0x400, KVM_MEM_GUEST_MEMFD)
+    scene.set_private(BASE, BASE + 0x400, private)
+    return scene
+
+
+def plain_scene(flags: int = 0, params: MmuParams | None = None) -> FaultScene:
+    scene = FaultScene(params=params)
+    scene.add_slot(BASE, 0x400, flags)
+    return scene
+
+
+def fault_in(scene: FaultScene, gpa: int, code: int = READ_CODE) -> tuple[int, int]:
+    """(what the fault returned, its goal level)."""
+    result: tuple[int, int] = run(kvm_mmu_do_page_fault(scene.vcpu, gpa, code))
+    return result
+
+
+def a_fault(scene: FaultScene, gfn: int, code: int = READ_CODE) -> PageFault:
+    """A fault as `kvm_mmu_do_page_fault` fills it in. gfn: with the shared bit or without."""
+    fault = PageFault.from_error_code(gfn << 12, code)
+    fault.gfn = gfn & ~scene.vm.gfn_direct_bits
+    fault.slot = scene.vm.slots.find(fault.gfn)
+    return fault
+
+
+def stop_at(operation: Operation, label: str) -> Operation:
+    """The operation, driven up to the first step of that label."""
+    while next(operation)[0] != label:
+        pass
+    return operation
+
+
+def invalidate(scene: FaultScene, start: int, end: int) -> None:
+    kvm_mmu_invalidate_begin(scene.vm)
+    kvm_mmu_invalidate_range_add(scene.vm, start, end)
+    kvm_mmu_invalidate_end(scene.vm)
