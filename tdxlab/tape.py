@@ -154,12 +154,14 @@ class Tape:
         outcome: GuestOutcome = self._do(Action("VM exit", lp, "interrupt", self.phase, {}, play))
         return outcome
 
-    def touch(self, lp: int, gpa: int, *, write: bool = False) -> Translation | GuestOutcome:
+    def touch(
+        self, lp: int, gpa: int, *, write: bool = False, rip: int | None = None
+    ) -> Translation | GuestOutcome:
         """As `BareMachine.touch`."""
         name = "write" if write else "read"
 
         def play() -> Translation | GuestOutcome:
-            return self.machine.touch(lp, gpa, write=write)
+            return self.machine.touch(lp, gpa, write=write, rip=rip)
 
         action = Action("touch", lp, name, self.phase, {"gpa": gpa}, play)
         result: Translation | GuestOutcome = self._do(action)

@@ -224,7 +224,8 @@ def test_picture_carries_its_numbers_as_text(tape: Tape) -> None:
 
 
 @pytest.mark.parametrize(
-    "looks", [palette.SEPT_LOOKS, palette.PAGE_TYPE_LOOKS, palette.GROUP_LOOKS]
+    "looks",
+    [palette.SEPT_LOOKS, palette.PAGE_TYPE_LOOKS, palette.GROUP_LOOKS, palette.HALF_LOOKS],
 )
 def test_every_state_has_a_letter_of_its_own_that_can_be_read(
     looks: dict[str, palette.Look],

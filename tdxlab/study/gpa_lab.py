@@ -27,6 +27,9 @@ from tdxlab.scenarios import booted_machine
 from tdxlab.study.gpa_split import EXAMPLE_GPA, config_flags, eptp_controls, split
 from tdxlab.tape import Action, Tape
 
+#: How far apart the guest's reads lie in its code.
+_INSTRUCTION_BYTES = 4
+
 
 class Touch(NamedTuple):
     """One access by the guest, as the host hears of it. host_is_told: R8 of the TD exit, "-" if the
@@ -59,14 +62,15 @@ class GpaLab:
         return next((a.inputs["gpa"] for a in reversed(self._played()) if is_touch(a)), None)
 
     def touch(self, gpa: int) -> Touch:
-        """Let the guest read the byte at `gpa`; it is entered first if it is outside.
+        """Let the guest read the byte at `gpa`; it is entered first if it is outside. Each read is
+        an instruction of its own: the module stops a guest that faults again and again at one.
 
         Refuses a GPA that the guest cannot form: ValueError.
         """
         split(gpa, self.gpaw)
         if not self.tape.machine.cpu.vcpu_inside(0):
             self.tape.seamcall(0, abi.TDH_VP_ENTER, Registers(rcx=self.td.vcpus[0]))
-        self.tape.touch(0, gpa)
+        self.tape.touch(0, gpa, rip=self.tape.position * _INSTRUCTION_BYTES)
         return self.touches()[-1]
 
     def touches(self) -> list[Touch]:

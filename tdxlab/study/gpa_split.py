@@ -10,6 +10,7 @@ kvm_is_addr_direct (root); mmu/tdp_iter.c (index); vmx/common.h, __vmx_handle_ep
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -178,6 +179,27 @@ def config_flags(gpaw: int) -> int:
 
 
 # -- tables
+
+
+class SplitRow(NamedTuple):
+    """One GPA taken apart; the names are those of `Split`."""
+
+    gpa: int
+    half: str
+    cpu_walks: str
+    fault_addr: str
+    fault_gfn: str
+    kvm_root: str
+    looked_up: str
+
+
+def split_rows(gpas: Iterable[int], gpaw: int) -> list[SplitRow]:
+    """Some GPAs of a guest."""
+    parts = [split(gpa, gpaw) for gpa in gpas]
+    return [
+        SplitRow(p.gpa, p.half, p.table, f"{p.addr:#x}", f"{p.gfn:#x}", p.root, f"{p.raw_gfn:#x}")
+        for p in parts
+    ]
 
 
 class HalfRow(NamedTuple):

@@ -30,8 +30,8 @@ from tdxlab.study.plots import FONT, Series, bars, stacked_bars
 from tdxlab.study.show import Drawing
 from tdxlab.study.svg import CELL, MAP_COLUMNS, drawing, grid, map_place, text, tile
 
-_WIDTH = 424
-_BIT, _BITS_TOP, _BIT_HEIGHT = 8, 24, 18
+_WIDTH, _MAP_WIDTH = 404, 420
+_BITS_TOP, _BIT_HEIGHT = 24, 18
 _TINTS = ("#dcecf7", "#fbf3c0", "#dcecf7", "#fbf3c0", "#dcecf7", "#eeeeee")
 _TIB = 1 << 40
 
@@ -46,9 +46,10 @@ def bit_fields(at: Split) -> str:
     for high, low, level in fields:
         body += _field_text(at, high, low, level_name(level), str(at.index(level)))
     body += _field_text(at, PAGE_SHIFT - 1, 0, "offset", f"{at.offset:#x}")
-    x, name = _bit_x(at, shared_bit(at.gpaw)), f"bit {shared_bit(at.gpaw)} = {int(at.is_shared)}"
+    x, width = _bit_x(at, shared_bit(at.gpaw)), _bit_width(at)
+    name = f"bit {shared_bit(at.gpaw)} = {int(at.is_shared)}"
     body.append(
-        f'<rect x="{x}" y="{_BITS_TOP}" width="{_BIT}" height="{_BIT_HEIGHT}" fill="none" '
+        f'<rect x="{x}" y="{_BITS_TOP}" width="{width}" height="{_BIT_HEIGHT}" fill="none" '
         f'stroke="#000" stroke-width="3"/>'
     )
     body.append(text(x, 14, f"{name}: {at.half}", size=12))
@@ -57,7 +58,11 @@ def bit_fields(at: Split) -> str:
 
 
 def _bit_x(at: Split, bit: int) -> int:
-    return 2 + (at.gpaw - 1 - bit) * _BIT
+    return 2 + (at.gpaw - 1 - bit) * _bit_width(at)
+
+
+def _bit_width(at: Split) -> int:
+    return (_WIDTH - 4) // at.gpaw
 
 
 def _tint(fields: Sequence[tuple[int, int, int]], bit: int) -> str:
@@ -67,18 +72,18 @@ def _tint(fields: Sequence[tuple[int, int, int]], bit: int) -> str:
 
 
 def _bit_cell(at: Split, bit: int, tint: str) -> str:
-    x, value = _bit_x(at, bit), at.gpa >> bit & 1
+    x, width, value = _bit_x(at, bit), _bit_width(at), at.gpa >> bit & 1
     ink, colour = (WHITE, "#333333") if value else (BLACK, tint)
     return (
-        f'<rect x="{x}" y="{_BITS_TOP}" width="{_BIT}" height="{_BIT_HEIGHT}" fill="{colour}" '
+        f'<rect x="{x}" y="{_BITS_TOP}" width="{width}" height="{_BIT_HEIGHT}" fill="{colour}" '
         f'stroke="#999"><title>bit {bit}: {value}</title></rect>'
-        + text(x + _BIT // 2, _BITS_TOP + 13, str(value), size=8, colour=ink, at="middle")
+        + text(x + width // 2, _BITS_TOP + 13, str(value), size=8, colour=ink, at="middle")
     )
 
 
 def _field_text(at: Split, high: int, low: int, name: str, value: str) -> list[str]:
     """Name, bits and value of a field, under its middle; a line marks its width."""
-    left, right = _bit_x(at, high), _bit_x(at, low) + _BIT
+    left, right = _bit_x(at, high), _bit_x(at, low) + _bit_width(at)
     middle, y = (left + right) // 2, _BITS_TOP + _BIT_HEIGHT + 5
     return [
         f'<path d="M{left + 1} {y}h{right - left - 2}" stroke="#555" stroke-width="2"/>',
@@ -90,7 +95,7 @@ def _field_text(at: Split, high: int, low: int, name: str, value: str) -> list[s
 
 # -- the walk
 
-_BOX_WIDTH, _BOX_HEIGHT, _WALK_TOP = 58, 30, 34
+_BOX_WIDTH, _BOX_HEIGHT, _WALK_TOP = 54, 30, 34
 
 
 def walk_picture(at: Split) -> str:
@@ -98,14 +103,14 @@ def walk_picture(at: Split) -> str:
     rows = ((PRIVATE, SECURE_EPT, "mirror"), (SHARED, SHARED_EPT, "direct"))
     body = []
     for number, (half, table, root) in enumerate(rows):
-        y = _WALK_TOP + number * 74
+        y = _WALK_TOP + number * 62
         is_walked = half == at.half
         note = "walked" if is_walked else "not looked at"
         ink = BLACK if is_walked else "#777777"
         body.append(text(2, y - 8, f"{table} (KVM's {root} root): {note}", size=11, colour=ink))
         body += _chain(at, y, HALF_LOOKS[half] if is_walked else None)
     steps = ", ".join(f"{level_name(level)} entry {at.index(level)}" for level in _down(at.gpaw))
-    return drawing(_WIDTH, 150, f"the {at.table} is walked: {steps}, then the page", body)
+    return drawing(_WIDTH, 134, f"the {at.table} is walked: {steps}, then the page", body)
 
 
 def _down(gpaw: int) -> range:
@@ -126,8 +131,10 @@ def _chain(at: Split, y: int, look: Look | None) -> list[str]:
             f'<rect x="{x}" y="{y}" width="{_BOX_WIDTH}" height="{_BOX_HEIGHT}" fill="{colour}" '
             f'stroke="#888" rx="{0 if level else 9}"/>'
         )
-        parts.append(text(x + 29, y + 12, name, size=10, colour=ink, at="middle"))
-        parts.append(text(x + 29, y + 25, value if look else "-", colour=ink, at="middle"))
+        parts.append(text(x + _BOX_WIDTH // 2, y + 12, name, size=10, colour=ink, at="middle"))
+        parts.append(
+            text(x + _BOX_WIDTH // 2, y + 25, value if look else "-", colour=ink, at="middle")
+        )
         if level:
             start, end = x + _BOX_WIDTH, x + step
             parts.append(
@@ -169,7 +176,7 @@ def root_map(gpaw: int, at: Split | None = None) -> Drawing:
     words = ", ".join(f"{name}: {one.start}..{one.stop - 1}" for name, one in ranges.items())
     spare = ENTRIES_PER_TABLE - last - 1
     words += f", out of reach: {spare}"
-    return Drawing(drawing(_WIDTH, 236, f"{title}; {words}", body), f"{title}; {words}")
+    return Drawing(drawing(_MAP_WIDTH, 236, f"{title}; {words}", body), f"{title}; {words}")
 
 
 def _shade(entries: range, colour: str) -> str:
@@ -185,7 +192,7 @@ def _shade(entries: range, colour: str) -> str:
 
 def _letter(entries: range, look: Look) -> str:
     """The letter of a half, in the middle entry of its range."""
-    x, y = map_place(entries[len(entries) // 2])
+    x, y = map_place(entries[len(entries) * 9 // 16])
     return text(x + CELL // 2, y + CELL - 2, look.letter, size=10, at="middle")
 
 

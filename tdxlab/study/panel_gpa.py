@@ -27,7 +27,7 @@ from tdxlab.study.gpa_views import Mark, bit_fields, halves, root_map, walk_pict
 from tdxlab.study.panels import Panel
 from tdxlab.study.plots import side_by_side
 
-_CELL_STYLE = "padding:0 10px 0 0;text-align:left;vertical-align:top"
+_CELL_STYLE = "padding:0 6px 0 0;text-align:left;vertical-align:top"
 
 
 class GpaSplitter(Panel):
@@ -81,13 +81,8 @@ class GpaSplitter(Panel):
             icon="hand-pointer-o",
             tooltip="let the guest read the byte at this GPA",
         )
-        self.retell = self.button(
-            "Tell the story again",
-            "tdxlab-retell",
-            self._retell,
-            icon="book",
-            tooltip="forget the touches on the tape and record the story anew",
-        )
+        book = {"icon": "book", "tooltip": "record the first touches anew, forget the others"}
+        self.retell = self.button("Tell the story again", "tdxlab-retell", self._retell, **book)
         self.choose(self.chosen.gpa)
         self.gpa.observe(self._typed, names="value")
         self.level.observe(lambda _: self._show_choice(), names="value")
@@ -206,11 +201,11 @@ class GpaSplitter(Panel):
 
 def _table(rows: dict[str, str]) -> str:
     lines = "".join(
-        f'<tr><th scope="row" style="{_CELL_STYLE};min-width:150px">{escape(name)}</th>'
+        f'<tr><th scope="row" style="{_CELL_STYLE}">{escape(name)}</th>'
         f'<td style="{_CELL_STYLE}"><code>{escape(value)}</code></td></tr>'
         for name, value in rows.items()
     )
-    return f'<table style="font-size:12px;line-height:1.5">{lines}</table>'
+    return f'<table style="font-size:12px;line-height:1.5;min-width:396px">{lines}</table>'
 
 
 def number(typed: str) -> int:

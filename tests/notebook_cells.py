@@ -1,0 +1,57 @@
+"""A notebook's cells, run in this process: what they show, and which show something new."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+from nbformat import NotebookNode
+
+from tools.execute_notebooks import read
+
+Cells = dict[str, str]
+
+
+def code_cells(path: Path) -> list[NotebookNode]:
+    """The code cells of the notebook at `path`."""
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def shown_by(source: str, names: dict[str, Any]) -> str:
+    """Run a cell; what it prints, and then the text of its last expression."""
+    body = ast.parse(source).body
+    last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(ast.Module(body, []), "cell", "exec"), names)
+        value = eval(compile(ast.Expression(last.value), "cell", "eval"), names) if last else None
+    return printed.getvalue() + ("" if value is None else repr(value))
+
+
+def run_all(path: Path, *, times: int = 1) -> Cells:
+    """Every cell in order, each `times` in a row -> what it shows at last."""
+    names: dict[str, Any] = {}
+    shown = {}
+    for cell in code_cells(path):
+        for _ in range(times):
+            shown[cell.id] = shown_by(cell.source, names)
+    return shown
+
+
+def saved(path: Path) -> Cells:
+    """What the notebook has saved under each code cell."""
+    return {
+        cell.id: "".join(
+            output.get("text") or output.get("data", {}).get("text/plain", "")
+            for output in cell.outputs
+        )
+        for cell in code_cells(path)
+    }
+
+
+def changed_cells(path: Path) -> list[str]:
+    """Cells that show something else than what is saved: those that nbval would turn red."""
+    now = run_all(path)
+    return [name for name, text in saved(path).items() if now[name] != text]
