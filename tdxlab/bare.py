@@ -141,10 +141,9 @@ class BareMachine:
         self.module.require_guest(lp)
         page = self.memory.frame(self.cpu.vcpu_inside(lp))
         values = self.memory.words.view[page + Tdvps.GPRS : page + Tdvps.GPRS + len(GPR_NAMES)]
-        named = dict(zip(GPR_NAMES, values, strict=True))
-        rax = named.pop("rax")
-        del named["rsp"]
-        return rax, Registers(**named)
+        rax, rcx, rdx, rbx, _, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15 = values.tolist()
+        numbered = (r8, r9, r10, r11, r12, r13, r14, r15)
+        return rax, Registers(rcx, rdx, *numbered, rbx, rbp, rsi, rdi)
 
     def touch(
         self,
@@ -166,6 +165,13 @@ class BareMachine:
         Differs: before the host gives one, every shared access is a violation; the CPU would walk
         the page that TDH.VP.INIT put in its place.
         """
+        access = EPT_EXECUTE if fetch else EPT_READ | EPT_WRITE if write else EPT_READ
+        return self._access(lp, gpa, access, rip)[0]
+
+    def _access(
+        self, lp: int, gpa: int, access: int, rip: int | None = None
+    ) -> tuple[Translation | GuestOutcome, int]:
+        """As `touch`; also the KeyID of the memory: the TD's own, or 0 for shared memory."""
         self.module.require_guest(lp)
         td = Td(self.memory, self.cpu.tdr_inside(lp))
         td.map_tdcs(self.memory)
@@ -176,17 +182,16 @@ class BareMachine:
                 f"GPA {gpa:#x} is not in this guest's address space; "
                 f"allowed are 0..{(1 << gpaw) - 1:#x} (GPAW {gpaw})"
             )
-        access = EPT_EXECUTE if fetch else EPT_READ | EPT_WRITE if write else EPT_READ
-        root = view[td.tdcs + Tdcs.EPTP]
+        root, keyid = view[td.tdcs + Tdcs.EPTP], td.hkid
         tag, level = root & HPA_MASK, root >> 3 & 7
         if gpa >> gpaw - 1:
-            root = self._shared_root(lp)
+            root, keyid = self._shared_root(lp), 0
         result: Walked = EptViolation(gpa, access, True)
         if root:
             result = self.cpu.access(lp, root & HPA_MASK, level, gpa, access, tag=tag)
         if isinstance(result, Translation):
-            return result
-        return self._not_translated(lp, result, rip)
+            return result, keyid
+        return self._not_translated(lp, result, rip), keyid
 
     def _shared_root(self, lp: int) -> int:
         """HPA of the EPT for shared memory that the host gave the vCPU inside `lp`, 0 for none."""
@@ -228,28 +233,21 @@ class BareMachine:
         Refuses what `touch` refuses, and bytes of more than one page: ValueError.
         """
         _require_one_page(gpa, size)
-        found = self.touch(lp, gpa)
+        found, keyid = self._access(lp, gpa, EPT_READ)
         if isinstance(found, GuestOutcome):
             return found
         try:
-            return self.memory.read(found.hpa, size, self._keyid(lp, gpa))
+            return self.memory.read(found.hpa, size, keyid)
         except MachineCheck:
             return self._machine_check(lp)
 
     def write_guest(self, lp: int, gpa: int, data: bytes) -> Translation | GuestOutcome:
         """The guest inside `lp` writes `data` into one page at `gpa`; as `read_guest`."""
         _require_one_page(gpa, len(data))
-        found = self.touch(lp, gpa, write=True)
+        found, keyid = self._access(lp, gpa, EPT_READ | EPT_WRITE)
         if isinstance(found, Translation):
-            self.memory.write(found.hpa, data, self._keyid(lp, gpa))
+            self.memory.write(found.hpa, data, keyid)
         return found
-
-    def _keyid(self, lp: int, gpa: int) -> int:
-        """The KeyID by which the guest inside `lp` uses `gpa`: its own, or 0 for shared memory."""
-        td = Td(self.memory, self.cpu.tdr_inside(lp))
-        td.map_tdcs(self.memory)
-        is_wide = self.memory.words.view[td.tdcs + Tdcs.GPAW]
-        return 0 if gpa >> (51 if is_wide else 47) else td.hkid
 
     def _machine_check(self, lp: int) -> GuestOutcome:
         rax, registers = self.guest_registers(lp)

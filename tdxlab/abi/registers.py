@@ -10,6 +10,8 @@ Differs: Linux's structure has no RBP; TDG.VP.VMCALL can pass it to the host, so
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from tdxlab.bits import MASK64
 
 __all__ = ["MASK64", "NULL_PA", "REGISTER_NAMES", "Registers"]
@@ -20,6 +22,11 @@ NULL_PA = MASK64
 REGISTER_NAMES = (
     "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rbx", "rbp", "rsi", "rdi",
 )  # fmt: skip
+
+_values = attrgetter(*REGISTER_NAMES)
+_in_encoding_order = attrgetter(
+    *("rcx", "rdx", "rbx", "rbp", "rsi", "rdi"), *(f"r{number}" for number in range(8, 16))
+)
 
 
 class Registers:
@@ -64,7 +71,18 @@ class Registers:
 
     def as_dict(self) -> dict[str, int]:
         """Every register by name, zeros included, in the order of REGISTER_NAMES."""
-        return {name: getattr(self, name) for name in REGISTER_NAMES}
+        return dict(zip(REGISTER_NAMES, _values(self), strict=True))
+
+    def gprs(self, rax: int) -> list[int]:
+        """The 16 general registers in the order of the CPU's encoding: RAX, RCX, RDX, RBX, RSP (0),
+        RBP, RSI, RDI, R8 to R15.
+        """
+        rcx, rdx, rbx, rbp, rsi, rdi, *numbered = _in_encoding_order(self)
+        return [rax, rcx, rdx, rbx, 0, rbp, rsi, rdi, *numbered]
+
+    def nonzero(self) -> tuple[tuple[str, int], ...]:
+        """(name, value) of every register that is not zero."""
+        return tuple(pair for pair in zip(REGISTER_NAMES, _values(self), strict=True) if pair[1])
 
     def assign(self, other: Registers) -> None:
         """Take over every value of `other`."""
@@ -73,7 +91,7 @@ class Registers:
 
     def copy(self) -> Registers:
         """A new set with the same values."""
-        return Registers(**self.as_dict())
+        return Registers(*_values(self))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Registers):

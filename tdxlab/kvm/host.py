@@ -169,9 +169,7 @@ class KvmHost:
         """
         if not outcome.exited:
             raise ValueError(f"the guest on LP {lp} goes on; only a TD exit can be delivered")
-        values = outcome.registers.as_dict()
-        registers = tuple((name, value) for name, value in values.items() if value)
-        self.exits.put(lp, TdExit(outcome.status, registers))
+        self.exits.put(lp, TdExit(outcome.status, outcome.registers.nonzero()))
 
     def take_exit(self, lp: int) -> TdExit:
         """The exit that was delivered to `lp`, once."""

@@ -87,9 +87,12 @@ class Guest:
     def save_registers(self) -> None:
         """Keep the guest's registers in the TDVPS, as every VM exit does."""
         words, first = self.module.memory.words, self.page + Tdvps.GPRS
-        for number, name in enumerate(GPR_NAMES):
-            value = self.rax if name == "rax" else getattr(self.registers, name, 0)
-            if words.view[first + number] != value:
+        values = self.registers.gprs(self.rax)
+        saved = words.view[first : first + len(values)].tolist()
+        if saved == values:
+            return
+        for number, value in enumerate(values):
+            if saved[number] != value:
                 words.put(first + number, value)
 
     def resume(self) -> GuestOutcome:
