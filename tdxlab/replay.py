@@ -1,11 +1,15 @@
-"""Replays recorded traces of the real module's code against the model, and says where they differ.
+"""Replays recorded traces of the real code against the model, and says where they differ.
 
-A trace holds a platform, a list of steps and the state at its end. A step is a SEAMCALL, a guest
-event, or bookkeeping (snapshots, host writes, knobs). A SEAMCALL or guest event counts as compared
-only if its status, all its recorded registers, the lock word, the TD's state and the guest's result
-were, and the dumps that follow it; what cannot be compared is skipped and counted with its reason.
+Traces of the TDX module hold a platform, a list of steps and the state at their end. A step is a
+SEAMCALL, a guest event, or bookkeeping (snapshots, host writes, knobs). A SEAMCALL or guest event
+counts as compared only if its status, all its recorded registers, the lock word, the TD's state and
+the guest's result were, and the dumps that follow it; what cannot be compared is skipped and
+counted with its reason.
 
-    tdxlab replay data/conformance/tdx_module
+Traces of KVM's MMU hold a VM, a list of operations and the page tables at their end. Of each
+operation everything is compared: see `mmu_conformance.run`.
+
+    tdxlab replay data/conformance
 """
 
 from __future__ import annotations
@@ -20,12 +24,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tdxlab.conformance import TraceRun
+from tdxlab.mmu_conformance.run import MmuTraceRun
 from tdxlab.recorded import TraceError
 
 #: Mismatches that are shown in full.
 SHOWN = 10
 
 Progress = Callable[[int, int], None]
+
+#: Keys that tell the kinds of traces apart -> what replays them.
+_KINDS: dict[tuple[str, ...], type[TraceRun] | type[MmuTraceRun]] = {
+    ("platform", "steps"): TraceRun,
+    ("module_init", "vm", "steps"): MmuTraceRun,
+}
 
 
 @dataclass
@@ -64,7 +75,7 @@ class Report:
         """Steps that were not compared."""
         return sum(self.skipped_by_reason.values())
 
-    def add(self, run: TraceRun) -> None:
+    def add(self, run: TraceRun | MmuTraceRun) -> None:
         """Count one finished trace in."""
         self.traces += 1
         self.steps += run.compared + sum(run.skipped.values())
@@ -140,11 +151,17 @@ def load(path: Path) -> dict[str, Any]:
         raise TraceError(f"{path}: not a trace: {error}") from None
     except OSError as error:
         raise TraceError(f"{path}: {error.strerror}") from None
-    for key in ("platform", "steps"):
-        if not isinstance(trace, dict) or key not in trace:
-            raise TraceError(f"{path}: not a trace of the TDX module (no '{key}')")
-    found: dict[str, Any] = trace
-    return found
+    if not isinstance(trace, dict) or _kind(trace) is None:
+        raise TraceError(
+            f"{path}: not a trace: neither of the TDX module ('platform', 'steps') "
+            "nor of KVM's MMU ('module_init', 'vm', 'steps')"
+        )
+    return trace
+
+
+def _kind(trace: dict[str, Any]) -> type[TraceRun] | type[MmuTraceRun] | None:
+    """What replays this kind of trace; None if it is no trace."""
+    return next((run for keys, run in _KINDS.items() if all(key in trace for key in keys)), None)
 
 
 def replay(paths: Sequence[str], progress: Progress | None = None) -> Report:
@@ -158,9 +175,8 @@ def replay(paths: Sequence[str], progress: Progress | None = None) -> Report:
     for done, path in enumerate(files):
         if progress:
             progress(done, len(files))
-        run = TraceRun(path.name.removesuffix(".gz").removesuffix(".json"))
         try:
-            run.replay(load(path))
+            run = _run(path)
         except TraceError as error:
             raise TraceError(
                 str(error) if str(path) in str(error) else f"{path}: {error}"
@@ -169,6 +185,16 @@ def replay(paths: Sequence[str], progress: Progress | None = None) -> Report:
     if progress:
         progress(len(files), len(files))
     return report
+
+
+def _run(path: Path) -> TraceRun | MmuTraceRun:
+    """Replay one trace."""
+    trace = load(path)
+    kind = _kind(trace)
+    assert kind is not None
+    run = kind(path.name.removesuffix(".gz").removesuffix(".json"))
+    run.replay(trace)
+    return run
 
 
 def command(

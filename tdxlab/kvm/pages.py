@@ -87,8 +87,9 @@ class HostPages:
         return found
 
     def use_of(self, hpa: int) -> str:
-        """What the page at `hpa` is out for, "" if it is not."""
-        return self._names[self._use.view[hpa >> PAGE_SHIFT]]
+        """What the page at `hpa` is out for, "" if it is not, or is none of these pages."""
+        pfn, use = hpa >> PAGE_SHIFT, self._use.view
+        return self._names[use[pfn]] if pfn < len(use) else ""
 
     def alloc_page(self, use: str) -> int:
         """HPA of a free 4 KiB page, or NO_PAGE."""

@@ -201,10 +201,8 @@ def is_access_track_spte(spte: int) -> bool:
 
 
 def is_accessed_spte(spte: int) -> bool:
-    """Accessed since somebody last looked."""
-    if spte_ad_enabled(spte):
-        return bool(spte & ACCESSED_MASK)
-    return not is_access_track_spte(spte)
+    """Accessed since somebody last looked. Without A/D bits KVM keeps the bit itself."""
+    return bool(spte & ACCESSED_MASK)
 
 
 def is_dirty_spte(spte: int) -> bool:
