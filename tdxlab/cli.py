@@ -18,6 +18,8 @@ from tdxlab import __version__
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
+#: A guest of the demo may not be larger: it would run for hours.
+DEMO_LIMIT = 1 << 36
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,9 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tdxlab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_lab(commands)
+    _add_demo(commands)
     _add_replay(commands)
     for name, run, text in (
-        ("demo", _demo, "print a TD's life as a table of SEAMCALLs"),
         ("bench", _bench, "measure the model's speed, as ratios to a plain-Python baseline"),
         ("doctor", _doctor, "say what is installed, what is missing and what is not modelled"),
     ):
@@ -82,6 +84,21 @@ def _add_lab(commands: argparse._SubParsersAction[_Parser]) -> None:
     lab.set_defaults(run=_lab)
 
 
+def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
+    text = "play a TD's whole life and print what each phase costs"
+    demo = commands.add_parser("demo", help=text, description=text)
+    note = "width of guest addresses: 48 (4 levels) or 52 (5 levels); default: %(default)s"
+    demo.add_argument("--gpaw", type=int, choices=(48, 52), default=48, help=note)
+    note = "memory of the guest, such as 64MiB (default: %(default)s)"
+    demo.add_argument("--memory", type=_size, default="64MiB", metavar="SIZE", help=note)
+    note = "vCPUs, at least 1 (default: %(default)s)"
+    demo.add_argument("--vcpus", type=_vcpus, default=2, metavar="N", help=note)
+    demo.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    note = "draw the SEAMCALLs of each phase into this file too"
+    demo.add_argument("--plot", type=Path, metavar="FILE.png", help=note)
+    demo.set_defaults(run=_demo)
+
+
 def _add_replay(commands: argparse._SubParsersAction[_Parser]) -> None:
     text = "replay recorded traces of the real TDX module and compare every answer"
     replay = commands.add_parser("replay", help=text, description=text)
@@ -95,6 +112,28 @@ def _port(text: str) -> int:
     """A TCP port as the command line names it, 1..65535."""
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no TCP port: give a number from 1 to 65535")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    """A size of guest memory as the command line names it."""
+    from tdxlab.sizes import parse_size
+
+    try:
+        size = parse_size(text)
+    except ValueError as mistake:
+        raise argparse.ArgumentTypeError(str(mistake)) from None
+    if size % 4096 or not 4096 <= size <= DEMO_LIMIT:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give a multiple of 4 KiB, at most {DEMO_LIMIT >> 30} GiB"
+        )
+    return size
+
+
+def _vcpus(text: str) -> int:
+    """A number of vCPUs as the command line names it, 1..256."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 256:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of vCPUs from 1 to 256")
     return int(text)
 
 
@@ -130,10 +169,21 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
-def _demo(_options: argparse.Namespace) -> int:
-    from tdxlab import scenarios
+def _demo(options: argparse.Namespace) -> int:
+    from tdxlab import demo
 
-    return scenarios.demo(sys.stdout)
+    with _progress("pages") as show:
+        life = demo.live(
+            gpaw=options.gpaw,
+            memory=options.memory,
+            vcpus=options.vcpus,
+            progress=lambda _phase, done, total: show(done, total),
+        )
+    if options.plot is not None:
+        from tdxlab.study import demo_plot
+
+        demo_plot.save(life, options.plot)
+    return demo.command(life, options.json, sys.stdout)
 
 
 def _bench(_options: argparse.Namespace) -> int:

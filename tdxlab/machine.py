@@ -112,7 +112,7 @@ class Machine(BareMachine):
                 td.add_vcpu()
             td.add_memory(0, size)
             if image:
-                _add_firmware(td, size, image)
+                self.add_firmware(td, image)
             if launch:
                 td.finalize()
         except (ValueError, OSError):
@@ -121,6 +121,17 @@ class Machine(BareMachine):
         finally:
             self.journal.forget(mark)
         return td
+
+    def add_firmware(self, td: Td, image: bytes) -> int:
+        """Give a TD that is not finalized measured firmware: memory that ends at 4 GiB as on a PC,
+        or behind the TD's memory where that is larger. Returns its GPA.
+        """
+        size = -(-len(image) // PAGE_SIZE) * PAGE_SIZE
+        end = max((backing.end for backing in td.backings), default=0)
+        gpa = FIRMWARE_END - size if end <= FIRMWARE_END - size else end
+        td.add_memory(gpa, size)
+        td.add_image(gpa, image)
+        return gpa
 
     def _name(self, kind: str) -> str:
         self._created += 1
@@ -152,13 +163,3 @@ class Machine(BareMachine):
         """
         tdr = vm.tdr if isinstance(vm, Td) else None
         return accounts.tables(self, vm.vm, tdr)
-
-
-def _add_firmware(td: Td, memory: int, image: bytes) -> None:
-    """Firmware below 4 GiB, or behind the guest's memory where that is larger."""
-    size = -(-len(image) // PAGE_SIZE) * PAGE_SIZE
-    gpa = FIRMWARE_END - size
-    if memory > gpa:
-        gpa = memory
-    td.add_memory(gpa, size)
-    td.add_image(gpa, image)
