@@ -154,10 +154,11 @@ class GuestMemfds:
         found = self._get_folio(gmem, index)
         if isinstance(found, int):
             return found
-        if not found.prepared:
-            self.vm.memory.write_page(found.pfn << PAGE_SHIFT, ZERO_PAGE, 0)
-            self._mark_prepared(gmem, index)
-        return found.pfn
+        pfn, prepared, _ = found
+        if not prepared:
+            self.vm.memory.write_page(pfn << PAGE_SHIFT, ZERO_PAGE, 0)
+            self._folios.put((gmem, index), Folio(pfn, True))
+        return pfn
 
     def get_page(self, pfn: int) -> None:
         """Hold a reference to a page: it is not freed before `put_page`."""
@@ -322,15 +323,22 @@ class GuestMemfds:
 
         Source: __kvm_gmem_get_pfn, kvm_gmem_get_folio.
         """
-        if not self.is_open(gmem):
+        if gmem not in self._sizes:
             return -EFAULT
-        if not self._ranges(gmem, index, index + 1):
+        if not self._is_bound(gmem, index):
             self.vm.warn(f"__kvm_gmem_get_pfn: no slot is bound to page {index} of file {gmem}")
             return -EIO
-        found = self.folio(gmem, index) or self._add_folio(gmem, index)
+        found: Folio | None = self._folios.get((gmem, index)) or self._add_folio(gmem, index)
         if found is None:
             return -ENOMEM
         return -EHWPOISON if found.poisoned else found
+
+    def _is_bound(self, gmem: int, index: int) -> bool:
+        """True if a slot has page `index` of an open file."""
+        bound = False
+        for slot in self._bindings[gmem]:
+            bound |= 0 <= index - slot.gmem_pgoff < slot.npages
+        return bound
 
     def _add_folio(self, gmem: int, index: int) -> Folio | None:
         hpa = self.vm.pages.alloc_page("guest_memfd")

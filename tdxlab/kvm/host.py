@@ -38,6 +38,7 @@ TDX_MODULE_ERROR = "ERROR"
 #: lines each). ipi: interrupts sent to other LPs. kick: calls of kvm_make_all_cpus_request that
 #: wait for vCPUs to leave the guest. invept: global INVEPTs.
 HOST_COUNTERS = ("clflush", "ipi", "kick", "invept")
+_COUNTER_WORDS = {name: word for word, name in enumerate(HOST_COUNTERS)}
 
 Doing = Generator[Step, None, None]
 
@@ -119,8 +120,8 @@ class KvmHost:
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter of HOST_COUNTERS."""
-        index = HOST_COUNTERS.index(name)
-        self.counters.put(index, self.counters.view[index] + amount)
+        word, counters = _COUNTER_WORDS[name], self.counters
+        counters.cells[word] = counters.view[word] + amount
 
     @property
     def counts(self) -> dict[str, int]:

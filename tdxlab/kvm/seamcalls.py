@@ -49,9 +49,21 @@ def sc_retry(host: KvmHost, leaf: int, registers: Registers, label: Step) -> Sta
     status = TDX_RND_NO_ENTROPY
     calls = 0
     while status == TDX_RND_NO_ENTROPY and calls < RDRAND_RETRY_LOOPS:
-        status = yield from seamcall(host, leaf, registers, label)
+        yield label
+        status = yield from host.hardware.seamcall_steps(host.current_lp, leaf, registers)
         calls += 1
     return status
+
+
+def sc_retry_ret(host: KvmHost, leaf: int, registers: Registers, label: Step) -> Answered:
+    """As `sc_retry`, for callers that want RCX and RDX too. Source: tdx.c, seamcall_ret."""
+    status = TDX_RND_NO_ENTROPY
+    calls = 0
+    while status == TDX_RND_NO_ENTROPY and calls < RDRAND_RETRY_LOOPS:
+        yield label
+        status = yield from host.hardware.seamcall_steps(host.current_lp, leaf, registers)
+        calls += 1
+    return Answer(status, registers.rcx, registers.rdx)
 
 
 def tdx_clflush_page(host: KvmHost, hpa: int) -> None:
@@ -60,11 +72,6 @@ def tdx_clflush_page(host: KvmHost, hpa: int) -> None:
     Source: tdx.c, tdx_clflush_page. Differs: caches are not modelled; it only counts.
     """
     host.count("clflush")
-
-
-def _answered(host: KvmHost, leaf: int, registers: Registers, label: Step) -> Answered:
-    status = yield from sc_retry(host, leaf, registers, label)
-    return Answer(status, registers.rcx, registers.rdx)
 
 
 # -- vCPUs
@@ -76,14 +83,14 @@ def tdh_vp_enter(host: KvmHost, vp: TdxVp, registers: Registers) -> Status:
     Returns the status, or IN_GUEST: the vCPU is inside, and its exit comes later. Never retried.
     """
     registers.rcx = vp.tdvpr
-    return (yield from seamcall(host, abi.TDH_VP_ENTER, registers, ("TDH.VP.ENTER", vp.tdvpr)))
+    return seamcall(host, abi.TDH_VP_ENTER, registers, ("TDH.VP.ENTER", vp.tdvpr))
 
 
 def tdh_vp_create(host: KvmHost, td: TdxTd, vp: TdxVp) -> Status:
     """TDH.VP.CREATE."""
     tdx_clflush_page(host, vp.tdvpr)
     registers = Registers(rcx=vp.tdvpr, rdx=td.tdr)
-    return (yield from sc_retry(host, abi.TDH_VP_CREATE, registers, ("TDH.VP.CREATE", vp.tdvpr)))
+    return sc_retry(host, abi.TDH_VP_CREATE, registers, ("TDH.VP.CREATE", vp.tdvpr))
 
 
 def tdh_vp_addcx(host: KvmHost, vp: TdxVp, tdcx_page: int) -> Status:
@@ -91,7 +98,7 @@ def tdh_vp_addcx(host: KvmHost, vp: TdxVp, tdcx_page: int) -> Status:
     tdx_clflush_page(host, tdcx_page)
     registers = Registers(rcx=tdcx_page, rdx=vp.tdvpr)
     label = ("TDH.VP.ADDCX", vp.tdvpr, tdcx_page)
-    return (yield from sc_retry(host, abi.TDH_VP_ADDCX, registers, label))
+    return sc_retry(host, abi.TDH_VP_ADDCX, registers, label)
 
 
 def tdh_vp_init(host: KvmHost, vp: TdxVp, initial_rcx: int, x2apicid: int) -> Status:
@@ -101,13 +108,13 @@ def tdh_vp_init(host: KvmHost, vp: TdxVp, initial_rcx: int, x2apicid: int) -> St
     here has version 0 only, which takes the same registers and ignores R8.
     """
     registers = Registers(rcx=vp.tdvpr, rdx=initial_rcx, r8=x2apicid)
-    return (yield from sc_retry(host, abi.TDH_VP_INIT, registers, ("TDH.VP.INIT", vp.tdvpr)))
+    return sc_retry(host, abi.TDH_VP_INIT, registers, ("TDH.VP.INIT", vp.tdvpr))
 
 
 def tdh_vp_flush(host: KvmHost, vp: TdxVp) -> Status:
     """TDH.VP.FLUSH, on the LP that the vCPU is associated with."""
     registers = Registers(rcx=vp.tdvpr)
-    return (yield from sc_retry(host, abi.TDH_VP_FLUSH, registers, ("TDH.VP.FLUSH", vp.tdvpr)))
+    return sc_retry(host, abi.TDH_VP_FLUSH, registers, ("TDH.VP.FLUSH", vp.tdvpr))
 
 
 def tdh_vp_rd(host: KvmHost, vp: TdxVp, field: int) -> Generator[Step, None, tuple[int, int]]:
@@ -122,7 +129,7 @@ def tdh_vp_wr(host: KvmHost, vp: TdxVp, field: int, data: int, mask: int) -> Sta
     """TDH.VP.WR. field: id. mask: the bits of `data` to write."""
     registers = Registers(rcx=vp.tdvpr, rdx=field, r8=data, r9=mask)
     label = ("TDH.VP.WR", vp.tdvpr, field, data)
-    return (yield from sc_retry(host, abi.TDH_VP_WR, registers, label))
+    return sc_retry(host, abi.TDH_VP_WR, registers, label)
 
 
 # -- TDs
@@ -133,13 +140,13 @@ def tdh_mng_create(host: KvmHost, td: TdxTd, hkid: int) -> Status:
     tdx_clflush_page(host, td.tdr)
     registers = Registers(rcx=td.tdr, rdx=hkid)
     label = ("TDH.MNG.CREATE", td.tdr, hkid)
-    return (yield from sc_retry(host, abi.TDH_MNG_CREATE, registers, label))
+    return sc_retry(host, abi.TDH_MNG_CREATE, registers, label)
 
 
 def tdh_mng_key_config(host: KvmHost, td: TdxTd) -> Status:
     """TDH.MNG.KEY.CONFIG, on one LP of each package."""
     label = ("TDH.MNG.KEY.CONFIG", td.tdr)
-    return (yield from sc_retry(host, abi.TDH_MNG_KEY_CONFIG, Registers(rcx=td.tdr), label))
+    return sc_retry(host, abi.TDH_MNG_KEY_CONFIG, Registers(rcx=td.tdr), label)
 
 
 def tdh_mng_addcx(host: KvmHost, td: TdxTd, tdcs_page: int) -> Status:
@@ -147,7 +154,7 @@ def tdh_mng_addcx(host: KvmHost, td: TdxTd, tdcs_page: int) -> Status:
     tdx_clflush_page(host, tdcs_page)
     registers = Registers(rcx=tdcs_page, rdx=td.tdr)
     label = ("TDH.MNG.ADDCX", td.tdr, tdcs_page)
-    return (yield from sc_retry(host, abi.TDH_MNG_ADDCX, registers, label))
+    return sc_retry(host, abi.TDH_MNG_ADDCX, registers, label)
 
 
 def tdh_mng_init(
@@ -170,25 +177,25 @@ def tdh_mng_rd(host: KvmHost, td: TdxTd, field: int) -> Generator[Step, None, tu
 def tdh_mng_vpflushdone(host: KvmHost, td: TdxTd) -> Status:
     """TDH.MNG.VPFLUSHDONE."""
     label = ("TDH.MNG.VPFLUSHDONE", td.tdr)
-    return (yield from sc_retry(host, abi.TDH_MNG_VPFLUSHDONE, Registers(rcx=td.tdr), label))
+    return sc_retry(host, abi.TDH_MNG_VPFLUSHDONE, Registers(rcx=td.tdr), label)
 
 
 def tdh_mng_key_freeid(host: KvmHost, td: TdxTd) -> Status:
     """TDH.MNG.KEY.FREEID."""
     label = ("TDH.MNG.KEY.FREEID", td.tdr)
-    return (yield from sc_retry(host, abi.TDH_MNG_KEY_FREEID, Registers(rcx=td.tdr), label))
+    return sc_retry(host, abi.TDH_MNG_KEY_FREEID, Registers(rcx=td.tdr), label)
 
 
 def tdh_mr_extend(host: KvmHost, td: TdxTd, gpa: int) -> Answered:
     """TDH.MR.EXTEND. gpa: of 256 bytes of an added page."""
     registers = Registers(rcx=gpa, rdx=td.tdr)
-    return (yield from _answered(host, abi.TDH_MR_EXTEND, registers, ("TDH.MR.EXTEND", gpa)))
+    return sc_retry_ret(host, abi.TDH_MR_EXTEND, registers, ("TDH.MR.EXTEND", gpa))
 
 
 def tdh_mr_finalize(host: KvmHost, td: TdxTd) -> Status:
     """TDH.MR.FINALIZE."""
     label = ("TDH.MR.FINALIZE", td.tdr)
-    return (yield from sc_retry(host, abi.TDH_MR_FINALIZE, Registers(rcx=td.tdr), label))
+    return sc_retry(host, abi.TDH_MR_FINALIZE, Registers(rcx=td.tdr), label)
 
 
 # -- private memory; `sept_level` is the module's
@@ -199,7 +206,7 @@ def tdh_mem_page_add(host: KvmHost, td: TdxTd, gpa: int, page: int, source: int)
     tdx_clflush_page(host, page)
     registers = Registers(rcx=gpa, rdx=td.tdr, r8=page, r9=source)
     label = ("TDH.MEM.PAGE.ADD", gpa, page)
-    return (yield from _answered(host, abi.TDH_MEM_PAGE_ADD, registers, label))
+    return sc_retry_ret(host, abi.TDH_MEM_PAGE_ADD, registers, label)
 
 
 def tdh_mem_sept_add(host: KvmHost, td: TdxTd, gpa: int, sept_level: int, page: int) -> Answered:
@@ -207,7 +214,7 @@ def tdh_mem_sept_add(host: KvmHost, td: TdxTd, gpa: int, sept_level: int, page: 
     tdx_clflush_page(host, page)
     registers = Registers(rcx=gpa | sept_level, rdx=td.tdr, r8=page)
     label = ("TDH.MEM.SEPT.ADD", gpa, sept_level, page)
-    return (yield from _answered(host, abi.TDH_MEM_SEPT_ADD, registers, label))
+    return sc_retry_ret(host, abi.TDH_MEM_SEPT_ADD, registers, label)
 
 
 def tdh_mem_page_aug(host: KvmHost, td: TdxTd, gpa: int, sept_level: int, page: int) -> Answered:
@@ -215,27 +222,27 @@ def tdh_mem_page_aug(host: KvmHost, td: TdxTd, gpa: int, sept_level: int, page: 
     tdx_clflush_page(host, page)
     registers = Registers(rcx=gpa | sept_level, rdx=td.tdr, r8=page)
     label = ("TDH.MEM.PAGE.AUG", gpa, sept_level, page)
-    return (yield from _answered(host, abi.TDH_MEM_PAGE_AUG, registers, label))
+    return sc_retry_ret(host, abi.TDH_MEM_PAGE_AUG, registers, label)
 
 
 def tdh_mem_range_block(host: KvmHost, td: TdxTd, gpa: int, sept_level: int) -> Answered:
     """TDH.MEM.RANGE.BLOCK."""
     registers = Registers(rcx=gpa | sept_level, rdx=td.tdr)
     label = ("TDH.MEM.RANGE.BLOCK", gpa, sept_level)
-    return (yield from _answered(host, abi.TDH_MEM_RANGE_BLOCK, registers, label))
+    return sc_retry_ret(host, abi.TDH_MEM_RANGE_BLOCK, registers, label)
 
 
 def tdh_mem_page_remove(host: KvmHost, td: TdxTd, gpa: int, sept_level: int) -> Answered:
     """TDH.MEM.PAGE.REMOVE."""
     registers = Registers(rcx=gpa | sept_level, rdx=td.tdr)
     label = ("TDH.MEM.PAGE.REMOVE", gpa, sept_level)
-    return (yield from _answered(host, abi.TDH_MEM_PAGE_REMOVE, registers, label))
+    return sc_retry_ret(host, abi.TDH_MEM_PAGE_REMOVE, registers, label)
 
 
 def tdh_mem_track(host: KvmHost, td: TdxTd) -> Status:
     """TDH.MEM.TRACK."""
     label = ("TDH.MEM.TRACK", td.tdr)
-    return (yield from sc_retry(host, abi.TDH_MEM_TRACK, Registers(rcx=td.tdr), label))
+    return sc_retry(host, abi.TDH_MEM_TRACK, Registers(rcx=td.tdr), label)
 
 
 # -- physical memory
@@ -253,16 +260,16 @@ def tdh_phymem_cache_wb(host: KvmHost, *, resume: bool) -> Status:
     """TDH.PHYMEM.CACHE.WB, on one LP of each package. resume: go on with an interrupted one."""
     label = ("TDH.PHYMEM.CACHE.WB", resume)
     registers = Registers(rcx=int(resume))
-    return (yield from sc_retry(host, abi.TDH_PHYMEM_CACHE_WB, registers, label))
+    return sc_retry(host, abi.TDH_PHYMEM_CACHE_WB, registers, label)
 
 
 def tdh_phymem_page_wbinvd_tdr(host: KvmHost, td: TdxTd) -> Status:
     """TDH.PHYMEM.PAGE.WBINVD of a TDR, which the module wrote under the global KeyID."""
-    return (yield from tdh_phymem_page_wbinvd_hkid(host, host.global_keyid, td.tdr))
+    return tdh_phymem_page_wbinvd_hkid(host, host.global_keyid, td.tdr)
 
 
 def tdh_phymem_page_wbinvd_hkid(host: KvmHost, hkid: int, page: int) -> Status:
     """TDH.PHYMEM.PAGE.WBINVD of `page` as it was written under `hkid`."""
     registers = Registers(rcx=host.mk_keyed_paddr(hkid, page))
     label = ("TDH.PHYMEM.PAGE.WBINVD", page, hkid)
-    return (yield from sc_retry(host, abi.TDH_PHYMEM_PAGE_WBINVD, registers, label))
+    return sc_retry(host, abi.TDH_PHYMEM_PAGE_WBINVD, registers, label)

@@ -153,7 +153,9 @@ def tdp_mmu_set_spte(
     if FROZEN_SPTE in (old_spte, new_spte):
         vm.warn("tdp_mmu_set_spte: frozen entries exist under the shared lock only")
     old_spte = write_spte(vm, word, old_spte, new_spte, level)
-    yield from handle_changed_spte(vm, as_id, gfn, old_spte, new_spte, level, shared=False)
+    removed = _note_change(vm, as_id, gfn, old_spte, new_spte, level)
+    if removed is not None:
+        yield from handle_removed_pt(vm, removed, shared=False)
     if mirror:
         if new_spte & SPTE_MMU_PRESENT_MASK:
             vm.bug("tdp_mmu_set_spte: a mirror entry is installed under the exclusive lock")

@@ -15,7 +15,7 @@ Source: Linux 6.16, arch/x86/kvm/vmx/tdx.c, function names as there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from errno import EBUSY, EINVAL, EIO
 from typing import TYPE_CHECKING, TypeVar
 
@@ -68,23 +68,18 @@ def tdx_sept_set_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
         tdx.vm.bug(f"a private page at level {level}: only 4 KiB pages are possible")
         return -EINVAL
     tdx.vm.guest_memory.get_page(pfn)
-    if tdx.is_runnable:
-        return (yield from _tdx_mem_page_aug(tdx, gfn, level, pfn))
-    return _tdx_mem_page_record_premap_cnt(tdx)
-
-
-def _tdx_mem_page_aug(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
-    sept_level = pg_level_to_tdx_sept_level(level)
+    if not tdx.is_runnable:
+        return _tdx_mem_page_record_premap_cnt(tdx)
     answer = yield from tdh_mem_page_aug(
-        tdx.host, tdx.td, gfn_to_gpa(gfn), sept_level, pfn << PAGE_SHIFT
+        tdx.host, tdx.td, gfn << PAGE_SHIFT, level - 1, pfn << PAGE_SHIFT
     )
+    if not answer.status:
+        return 0
+    tdx.vm.guest_memory.put_page(pfn)
     if tdx_operand_busy(answer.status):
-        tdx.vm.guest_memory.put_page(pfn)
         return -EBUSY
-    if tdx.bug_on("TDH_MEM_PAGE_AUG", *answer):
-        tdx.vm.guest_memory.put_page(pfn)
-        return -EIO
-    return 0
+    tdx.bug_on("TDH_MEM_PAGE_AUG", *answer)
+    return -EIO
 
 
 def _tdx_mem_page_record_premap_cnt(tdx: Tdx) -> int:
@@ -125,10 +120,11 @@ def _tdx_sept_zap_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook
     if level != 1:
         tdx.vm.bug(f"a private page at level {level} is zapped: only 4 KiB pages are possible")
         return -EINVAL
-    sept_level = pg_level_to_tdx_sept_level(level)
-    answer = yield from _retry_without_vcpus(
-        tdx, lambda: tdh_mem_range_block(tdx.host, tdx.td, gfn_to_gpa(gfn), sept_level), _status
-    )
+    host, td, gpa, sept_level = tdx.host, tdx.td, gfn_to_gpa(gfn), pg_level_to_tdx_sept_level(level)
+    answer = yield from tdh_mem_range_block(host, td, gpa, sept_level)
+    if tdx_operand_busy(answer.status):
+        again = tdh_mem_range_block(host, td, gpa, sept_level)
+        answer = yield from _retry_without_vcpus(tdx, again)
     if _is_sept_zap_err_due_to_premap(tdx, answer):
         if not tdx.nr_premapped:
             tdx.vm.bug("a page is zapped that was neither added nor premapped")
@@ -155,26 +151,27 @@ def tdx_track(tdx: Tdx) -> Doing:
     """
     if not tdx.is_runnable:
         return
-    status = yield from _retry_without_vcpus(
-        tdx, lambda: tdh_mem_track(tdx.host, tdx.td), lambda answer: answer
-    )
+    status = yield from tdh_mem_track(tdx.host, tdx.td)
+    if tdx_operand_busy(status):
+        status = yield from _retry_without_vcpus(tdx, tdh_mem_track(tdx.host, tdx.td))
     tdx.bug_on("TDH_MEM_TRACK", status)
     yield from tdx.host.kick_all(tdx.vm, "OUTSIDE_GUEST_MODE")
 
 
 def _tdx_sept_drop_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
     """Take the page out of the TD, write its lines back, clear it, drop its reference."""
-    sept_level = pg_level_to_tdx_sept_level(level)
-    answer = yield from _retry_without_vcpus(
-        tdx, lambda: tdh_mem_page_remove(tdx.host, tdx.td, gfn_to_gpa(gfn), sept_level), _status
-    )
+    host, td, gpa, sept_level = tdx.host, tdx.td, gfn_to_gpa(gfn), pg_level_to_tdx_sept_level(level)
+    answer = yield from tdh_mem_page_remove(host, td, gpa, sept_level)
+    if tdx_operand_busy(answer.status):
+        again = tdh_mem_page_remove(host, td, gpa, sept_level)
+        answer = yield from _retry_without_vcpus(tdx, again)
     if tdx.bug_on("TDH_MEM_PAGE_REMOVE", *answer):
         return -EIO
     hpa = pfn << PAGE_SHIFT
-    status = yield from tdh_phymem_page_wbinvd_hkid(tdx.host, tdx.hkid, hpa)
+    status = yield from tdh_phymem_page_wbinvd_hkid(host, tdx.hkid, hpa)
     if tdx.bug_on("TDH_PHYMEM_PAGE_WBINVD", status):
         return -EIO
-    tdx_clear_page(tdx.host, hpa)
+    tdx_clear_page(host, hpa)
     tdx.vm.guest_memory.put_page(pfn)
     return 0
 
@@ -211,21 +208,13 @@ def tdx_clear_page(host: KvmHost, hpa: int) -> None:
     host.hardware.clear(hpa)
 
 
-def _status(answer: Answer) -> int:
-    return answer.status
-
-
-def _retry_without_vcpus(
-    tdx: Tdx, call: Callable[[], Generator[Step, None, T]], status_of: Callable[[T], int]
-) -> Generator[Step, None, T]:
-    """The BUSY protocol: call; if an operand is busy keep all vCPUs out and call once more.
+def _retry_without_vcpus(tdx: Tdx, call: Generator[Step, None, T]) -> Generator[Step, None, T]:
+    """An operand was busy: keep all vCPUs out, and make the same call once more.
 
     Source: tdx.c, tdx_no_vcpus_enter_start and tdx_no_vcpus_enter_stop, and their callers.
     """
-    answer = yield from call()
-    if tdx_operand_busy(status_of(answer)):
-        tdx.wait_for_sept_zap = True
-        yield from tdx.host.kick_all(tdx.vm, "OUTSIDE_GUEST_MODE")
-        answer = yield from call()
-        tdx.wait_for_sept_zap = False
+    tdx.wait_for_sept_zap = True
+    yield from tdx.host.kick_all(tdx.vm, "OUTSIDE_GUEST_MODE")
+    answer = yield from call
+    tdx.wait_for_sept_zap = False
     return answer

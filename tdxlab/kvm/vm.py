@@ -60,6 +60,9 @@ VCPU_STATS = (
     "pf_mmio_spte_created",
 )
 
+_VM_STAT_WORDS = {name: word for word, name in enumerate(VM_STATS)}
+_VCPU_STAT_WORDS = {name: word for word, name in enumerate(VCPU_STATS)}
+
 _EMPTY_TABLE = SHADOW_NONPRESENT_VALUE.to_bytes(8, "little") * ENTRIES_PER_TABLE
 
 
@@ -135,8 +138,8 @@ class Vcpu:
 
     def count(self, name: str) -> None:
         """Add one to a statistic of VCPU_STATS."""
-        index = VCPU_STATS.index(name)
-        self._stats.put(index, self._stats.view[index] + 1)
+        word, stats = _VCPU_STAT_WORDS[name], self._stats
+        stats.cells[word] = stats.view[word] + 1
 
     @property
     def stats(self) -> dict[str, int]:
@@ -242,8 +245,8 @@ class Vm:
 
     def add_stat(self, name: str, amount: int) -> None:
         """Add `amount` to a statistic of VM_STATS."""
-        index = VM_STATS.index(name)
-        self._stats.put(index, self._stats.view[index] + amount)
+        word = _VM_STAT_WORDS[name]
+        self._stats.put(word, self._stats.view[word] + amount)
 
     def update_page_stats(self, level: int, amount: int) -> None:
         """Count leaves of one level, 1 to 3. Source: mmu_internal.h, kvm_update_page_stats."""

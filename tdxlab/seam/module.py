@@ -197,13 +197,17 @@ class Module:
         module has halted. A call that is closed at its yield lets go of its locks.
         Refuses an LP that does not exist or that is inside a guest: ValueError.
         """
-        self.require_host(lp)
-        inputs = registers.as_dict() if self.trace.logging else None
-        status = self._refuse_early(rax)
+        if not 0 <= lp < self.cpu.count or self.cpu.inside.view[lp]:
+            self.require_host(lp)
+        trace = self.trace
+        inputs = registers.as_dict() if trace.logging else None
+        is_plain = self.system.view[Sys.STATE] == SYS_READY and not self._end
+        leaf = LEAVES.get(rax) if is_plain else None
+        status = TDX_SUCCESS if leaf else self._refuse_early(rax)
         if status == TDX_SUCCESS:
             call = Call(self, lp, rax & 0xFFFF, rax >> 16, registers)
             try:
-                for step in LEAVES[call.leaf](call):
+                for step in (leaf or LEAVES[call.leaf])(call):
                     self.calls_suspended += 1
                     try:
                         yield step
@@ -214,7 +218,7 @@ class Module:
             finally:
                 call.release_all()
             status = call.status
-        self.trace.count_seamcall(rax & 0xFFFF, status)
+        trace.count_seamcall(rax & 0xFFFF, status)
         if inputs is not None:
             self._log(lp, rax, inputs, status, registers)
         return status
