@@ -21,10 +21,11 @@ from tdxlab.arch import GPAW_CHOICES, PAGE_SIZE, SIZE_1G, shared_bit
 from tdxlab.bare import BareMachine
 from tdxlab.hardware import default_platform
 from tdxlab.journal import Field, Table
-from tdxlab.kvm.params import MmuParams
+from tdxlab.kvm.params import KVM_X86_DEFAULT_VM, MmuParams, VmConfig
 from tdxlab.kvm.tdx_module import tdx_bringup
 from tdxlab.sizes import format_size, parse_size
 from tdxlab.vmm import Gate
+from tdxlab.vmm_plain import PlainVm
 from tdxlab.vmm_run import PlayingHost
 from tdxlab.vmm_td import Td
 
@@ -121,6 +122,40 @@ class Machine(BareMachine):
         finally:
             self.journal.forget(mark)
         return td
+
+    def create_vm(
+        self,
+        *,
+        vm_type: int = KVM_X86_DEFAULT_VM,
+        vcpus: int = 1,
+        memory: int | str = "64 MiB",
+        config: VmConfig | None = None,
+        discards: bool = False,
+        name: str = "",
+    ) -> PlainVm:
+        """A VM that is no TD, with its memory at GPA 0 (private if its type has private memory).
+
+        vm_type: KVM_X86_DEFAULT_VM or KVM_X86_SW_PROTECTED_VM. config: for more than the type; None
+        for the defaults. The rest as for `create_td`.
+        """
+        size = self._memory_size(memory, 48)
+        mark = self.mark()
+        try:
+            vm = PlainVm(
+                self.host,
+                config or VmConfig(vm_type=vm_type),
+                discards=discards,
+                name=name or self._name("VM"),
+            )
+            for _ in range(vcpus):
+                vm.add_vcpu()
+            vm.add_memory(0, size, private=vm.vm.features.has_private_mem)
+        except (ValueError, OSError):
+            self.rewind(mark)
+            raise
+        finally:
+            self.journal.forget(mark)
+        return vm
 
     def add_firmware(self, td: Td, image: bytes) -> int:
         """Give a TD that is not finalized measured firmware: memory that ends at 4 GiB as on a PC,

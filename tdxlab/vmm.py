@@ -374,6 +374,16 @@ class Gate:
                 f"{self._places()}"
             )
 
+    def close_files_steps(self) -> Operation:
+        """The process ends: first its memory goes, then its guest_memfd files are closed.
+
+        Source: Linux 6.16, kernel/exit.c, do_exit (exit_mm, then exit_files).
+        """
+        yield from self.user_memory.exit()
+        for backing in self.backings:
+            if backing.gmem >= 0:
+                yield from self.guest_memory.release(backing.gmem)
+
     # -- what the VMM does about exits
 
     def convert_steps(self, gpa: int, size: int, *, private: bool) -> Operation:

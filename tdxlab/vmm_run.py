@@ -30,6 +30,7 @@ from tdxlab.kvm.fault import KVM_MEMORY_EXIT_FLAG_PRIVATE
 from tdxlab.kvm.host import KvmHost
 from tdxlab.kvm.params import MmuParams
 from tdxlab.kvm.vm import Vcpu, Vm
+from tdxlab.kvm.vmx import VmxVcpu
 from tdxlab.steps import Operation, Step
 from tdxlab.vmm_errors import why_dead
 
@@ -86,7 +87,12 @@ class Player:
         A program that has ended leaves by an interrupt, with a signal for the VMM's thread.
         """
         self.cpu.lp = lp
+        if isinstance(self.vcpu, VmxVcpu):
+            self.cpu.emulated, self.vcpu.emulated = self.vcpu.emulated, None
         while lp not in host.exits:
+            if lp in host.ipis:
+                host.deliver_exit(lp, self.guest.door.interrupt(lp))
+                return
             event = self._advance()
             if event is None:
                 self.vcpu.signal_pending = True

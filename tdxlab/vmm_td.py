@@ -185,15 +185,9 @@ class Td(Gate):
         return pages
 
     def destroy_steps(self) -> Operation:
-        """As `destroy`: the process ends, its files are closed, the VM goes.
-
-        Source: kernel/exit.c, do_exit (exit_mm, then exit_files).
-        """
+        """As `destroy`: the process ends, its files are closed, the VM goes."""
         self.destroyed = True
-        yield from self.user_memory.exit()
-        for backing in self.backings:
-            if backing.gmem >= 0:
-                yield from self.guest_memory.release(backing.gmem)
+        yield from self.close_files_steps()
         yield from kvm_destroy_vm(self.tdx)
 
 
