@@ -120,7 +120,7 @@ class Masks:
     def __init__(self, params: MmuParams) -> None:
         self.address = HPA_MASK
         self.present = EPT_SUPPRESS_VE | (0 if params.execute_only else EPT_READ)
-        self.mmio_value = MMIO_MISCONFIG_VALUE
+        self.mmio_value = MMIO_MISCONFIG_VALUE if params.mmio_caching else 0
         self.mmio_mask = EPT_SUPPRESS_VE | EPT_RWX
         self.mmio_caching = params.mmio_caching
         #: address bits that an MMIO entry holds inverted in meaning, shifted up, against L1TF
@@ -203,13 +203,6 @@ def is_access_track_spte(spte: int) -> bool:
 def is_accessed_spte(spte: int) -> bool:
     """Accessed since somebody last looked. Without A/D bits KVM keeps the bit itself."""
     return bool(spte & ACCESSED_MASK)
-
-
-def is_dirty_spte(spte: int) -> bool:
-    """Written since somebody last looked. Source: spte.h, is_dirty_spte."""
-    if spte_ad_enabled(spte):
-        return bool(spte & DIRTY_MASK)
-    return is_writable_pte(spte)
 
 
 def is_access_allowed(spte: int, *, write: bool, execute: bool) -> bool:

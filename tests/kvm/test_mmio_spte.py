@@ -85,3 +85,8 @@ def test_l1tf_moves_nothing_where_no_address_bits_are_left() -> None:
     params = MmuParams(maxphyaddr=47, l1tf=True)
     assert Masks(params).nonpresent_or_rsvd == 0
     assert Masks(replace(params, maxphyaddr=46, l1tf=False)).nonpresent_or_rsvd == 0
+
+
+def test_masks_have_no_mmio_value_without_mmio_caching() -> None:
+    assert Masks(MmuParams(mmio_caching=False)).mmio_value == 0
+    assert Masks(MmuParams()).mmio_value == 6
