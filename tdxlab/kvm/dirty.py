@@ -38,7 +38,9 @@ from tdxlab.kvm.tdp_iter import (
     TdpIter,
     for_each_tdp_pte,
     for_each_tdp_pte_min_level,
-    tdp_mmu_iter_cond_resched,
+    is_lock_wanted,
+    tdp_mmu_iter_need_resched,
+    tdp_mmu_iter_resched,
 )
 from tdxlab.kvm.tdp_set import needs_atomic_write, tdp_mmu_iter_set_spte, tdp_mmu_set_spte_atomic
 from tdxlab.kvm.vm import MmuPage, Vm
@@ -69,20 +71,26 @@ def kvm_tdp_mmu_wrprot_slot(vm: Vm, slot: Slot, min_level: int) -> Changing:
     """
     changed = False
     for root in for_each_tdp_mmu_root_yield_safe(vm, KVM_VALID_ROOTS, slot.as_id):
+        wanted = is_lock_wanted(vm)
         for it in for_each_tdp_pte_min_level(vm, root, min_level, slot.base_gfn, slot.end_gfn):
-            changed |= yield from _wrprot(vm, it)
+            spte = it.old_spte
+            if wanted or (spte & PT_WRITABLE_MASK and is_present_leaf(spte, it.level)):
+                changed |= yield from _wrprot(vm, it)
+                wanted = is_lock_wanted(vm)
     return changed
 
 
 def _wrprot(vm: Vm, it: TdpIter) -> Changing:
     """One entry. Source: wrprot_gfn_range."""
-    while not (yield from tdp_mmu_iter_cond_resched(vm, it, False, READ)):
+    while True:
+        if tdp_mmu_iter_need_resched(vm, it):
+            yield from tdp_mmu_iter_resched(vm, it, False, READ)
+            return False
         spte = it.old_spte
         if not is_present_leaf(spte, it.level) or not spte & PT_WRITABLE_MASK:
             return False
         if not (yield from tdp_mmu_set_spte_atomic(vm, it, spte & ~PT_WRITABLE_MASK)):
             return True
-    return False
 
 
 def kvm_tdp_mmu_clear_dirty_slot(vm: Vm, slot: Slot) -> Work:
@@ -93,13 +101,15 @@ def kvm_tdp_mmu_clear_dirty_slot(vm: Vm, slot: Slot) -> Work:
     for root in for_each_tdp_mmu_root_yield_safe(vm, KVM_VALID_ROOTS, slot.as_id):
         bit = PT_WRITABLE_MASK if tdp_mmu_need_write_protect(vm, root) else DIRTY_MASK
         for it in for_each_tdp_pte(vm, root, slot.base_gfn, slot.end_gfn):
-            yield from _clear_dirty(vm, it, bit)
+            if is_present_leaf(it.old_spte, it.level):
+                yield from _clear_dirty(vm, it, bit)
 
 
 def _clear_dirty(vm: Vm, it: TdpIter, bit: int) -> Work:
     """One entry. Source: clear_dirty_gfn_range."""
     while is_present_leaf(it.old_spte, it.level):
-        if (yield from tdp_mmu_iter_cond_resched(vm, it, False, READ)):
+        if tdp_mmu_iter_need_resched(vm, it):
+            yield from tdp_mmu_iter_resched(vm, it, False, READ)
             return
         if not it.old_spte & bit:
             return

@@ -79,6 +79,11 @@ class NoLock(MmuLock):
 
     waits = False
 
+    @property
+    def is_contended(self) -> bool:
+        """Nobody waits."""
+        return False
+
     def lock(self, mode: str) -> Locking:
         """Yield where a lock would be taken, and go on."""
         yield (f"{mode}_lock(mmu_lock)",)

@@ -166,6 +166,13 @@ def for_each_tdp_pte_min_level_all(vm: Vm, root: MmuPage, min_level: int) -> Ite
     return TdpIter(vm, root, min_level, 0, 0).walk(tdp_mmu_max_gfn_exclusive(vm))
 
 
+def is_lock_wanted(vm: Vm) -> bool:
+    """Somebody may want the walker to give up mmu_lock. That changes only while others run, so it
+    need not be asked at every entry.
+    """
+    return vm.need_resched is not None or vm.mmu_lock.is_contended
+
+
 def tdp_mmu_iter_need_resched(vm: Vm, it: TdpIter) -> bool:
     """True if others want mmu_lock and the walk has moved since it started.
 
@@ -191,13 +198,20 @@ def tdp_mmu_iter_cond_resched(
         vm.warn("tdp_mmu_iter_cond_resched: the iterator has yielded already")
     if not tdp_mmu_iter_need_resched(vm, it):
         return False
+    yield from tdp_mmu_iter_resched(vm, it, flush, mode)
+    return True
+
+
+def tdp_mmu_iter_resched(
+    vm: Vm, it: TdpIter, flush: bool, mode: str
+) -> Generator[Step, None, None]:
+    """The second half of `tdp_mmu_iter_cond_resched`: mmu_lock is wanted, so let others have it."""
     if flush:
         vm.flush_remote_tlbs()
     yield from cond_resched_rwlock(vm, mode)
     if it.gfn > it.next_last_level_gfn:
         vm.warn(f"tdp_mmu_iter_cond_resched: gfn {it.gfn:#x} is beyond the goal")
     it.yielded = True
-    return True
 
 
 def cond_resched_rwlock(vm: Vm, mode: str) -> Generator[Step, None, None]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from errno import EBUSY
+from struct import pack
 
 from tdxlab.arch import ENTRIES_PER_TABLE, HPA_MASK, PAGE_SHIFT
 from tdxlab.kvm.locks import WRITE
@@ -27,7 +28,10 @@ from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.role import AD_DISABLED, Role
 from tdxlab.kvm.spte import (
     FROZEN_SPTE,
+    HOST_WRITABLE_MASK,
+    MMU_WRITABLE_MASK,
     PT_PAGE_SIZE_MASK,
+    PT_WRITABLE_MASK,
     SPTE_MMU_PRESENT_MASK,
     check_spte_writable_invariants,
     is_last_spte,
@@ -40,6 +44,9 @@ from tdxlab.kvm.spte import (
 from tdxlab.kvm.tdp_iter import TdpIter
 from tdxlab.kvm.vm import MmuPage, Vm, pages_per_level
 from tdxlab.steps import WAIT, Step
+
+#: What a leaf has that a guest may write; then its write bits are as they should be.
+_WRITE_MASKS = PT_WRITABLE_MASK | MMU_WRITABLE_MASK | HOST_WRITABLE_MASK
 
 #: An operation in flight that returns 0, a negative errno, or RET_PF_*.
 Doing = Generator[Step, None, int]
@@ -223,28 +230,34 @@ def _note_change(
 
     Raises HostBug where a leaf was exchanged for another page: someone forgot to zap.
     """
-    was_present = old_spte & SPTE_MMU_PRESENT_MASK
-    is_present = new_spte & SPTE_MMU_PRESENT_MASK
-    was_leaf = bool(was_present and is_last_spte(old_spte, level))
-    is_leaf = bool(is_present and is_last_spte(new_spte, level))
     if gfn & (1 << 9 * (level - 1)) - 1:
         vm.warn(f"handle_changed_spte: gfn {gfn:#x} is not aligned to level {level}")
-    pfn_changed = (old_spte ^ new_spte) & HPA_MASK != 0
+    if old_spte == new_spte:
+        return None
+    was_present = old_spte & SPTE_MMU_PRESENT_MASK
+    is_present = new_spte & SPTE_MMU_PRESENT_MASK
+    was_leaf = was_present and (level == 1 or old_spte & PT_PAGE_SIZE_MASK)
+    is_leaf = is_present and (level == 1 or new_spte & PT_PAGE_SIZE_MASK)
+    pfn_changed = (old_spte ^ new_spte) & HPA_MASK
     if was_leaf and is_leaf and pfn_changed:
         raise HostBug(
             f"gfn {gfn:#x}: a present leaf changed its page ({old_spte:#x} -> {new_spte:#x})"
         )
-    if old_spte == new_spte:
-        return None
     if vm.listener is not None:
         vm.listener(("spte_changed", as_id, level, gfn, old_spte, new_spte))
-    if is_leaf and (wrong := check_spte_writable_invariants(new_spte)):
-        vm.warn(f"check_spte_writable_invariants: {wrong}")
     if not was_present and not is_present:
-        _check_nonpresent_change(vm, old_spte, new_spte)
+        if new_spte != FROZEN_SPTE:
+            _check_nonpresent_change(vm, old_spte, new_spte)
         return None
-    if is_leaf != was_leaf:
-        vm.update_page_stats(level, 1 if is_leaf else -1)
+    if is_leaf:
+        if new_spte & _WRITE_MASKS != _WRITE_MASKS and (
+            wrong := check_spte_writable_invariants(new_spte)
+        ):
+            vm.warn(f"check_spte_writable_invariants: {wrong}")
+        if not was_leaf:
+            vm.update_page_stats(level, 1)
+    elif was_leaf:
+        vm.update_page_stats(level, -1)
     if was_present and not was_leaf and (is_leaf or not is_present or pfn_changed):
         return vm.sp_of(old_spte)
     return None
@@ -252,9 +265,8 @@ def _note_change(
 
 def _check_nonpresent_change(vm: Vm, old_spte: int, new_spte: int) -> None:
     """Of entries that are not present, only MMIO ones change, and others are frozen."""
-    if new_spte == FROZEN_SPTE or is_mmio_spte(vm, old_spte) or is_mmio_spte(vm, new_spte):
-        return
-    vm.warn(f"unexpected change of a non-present SPTE: {old_spte:#x} -> {new_spte:#x}")
+    if not is_mmio_spte(vm, old_spte) and not is_mmio_spte(vm, new_spte):
+        vm.warn(f"unexpected change of a non-present SPTE: {old_spte:#x} -> {new_spte:#x}")
 
 
 def handle_removed_pt(vm: Vm, sp: MmuPage, *, shared: bool) -> Work:
@@ -265,40 +277,31 @@ def handle_removed_pt(vm: Vm, sp: MmuPage, *, shared: bool) -> Work:
     Source: handle_removed_pt.
     """
     unlink_sp(vm, sp)
-    size = pages_per_level(sp.level)
-    base = vm.table_base(sp.spt)
-    as_id = kvm_mmu_page_as_id(sp)
+    level, is_mirror = sp.level, sp.is_mirror
+    size, base = pages_per_level(level), vm.table_base(sp.spt)
+    as_id, words = kvm_mmu_page_as_id(sp), vm.memory.words
     for index in range(ENTRIES_PER_TABLE):
-        gfn = sp.gfn + index * size
+        gfn, word = sp.gfn + index * size, base + index
         if shared:
-            old_spte = yield from _freeze(vm, base + index, gfn, sp.level)
+            yield ("xchg FROZEN_SPTE", gfn, level)
+            while (old_spte := words.view[word]) == FROZEN_SPTE:
+                yield (WAIT, "frozen SPTE", gfn, level)
+            words.cells[word] = FROZEN_SPTE
         else:
-            old_spte = vm.memory.words.view[base + index]
+            old_spte = words.view[word]
             if not old_spte & SPTE_MMU_PRESENT_MASK:
                 continue
-            old_spte = write_spte(vm, base + index, old_spte, FROZEN_SPTE, sp.level)
-        yield from handle_changed_spte(
-            vm, as_id, gfn, old_spte, FROZEN_SPTE, sp.level, shared=shared
-        )
-        if sp.is_mirror:
+            old_spte = write_spte(vm, word, old_spte, FROZEN_SPTE, level)
+        removed = _note_change(vm, as_id, gfn, old_spte, FROZEN_SPTE, level)
+        if removed is not None:
+            yield from handle_removed_pt(vm, removed, shared=shared)
+        if is_mirror:
             if shared:
                 vm.bug("handle_removed_pt: a mirror's table goes under the shared lock")
-            yield from remove_external_spte(vm, gfn, old_spte, sp.level)
-    if sp.is_mirror:
+            yield from remove_external_spte(vm, gfn, old_spte, level)
+    if is_mirror:
         sp = yield from _free_external_spt(vm, sp)
     vm.call_rcu(sp)
-
-
-def _freeze(vm: Vm, word: int, gfn: int, level: int) -> Doing:
-    """Exchange an entry for FROZEN once nobody else has it frozen; returns what it was."""
-    words = vm.memory.words
-    while True:
-        yield ("xchg FROZEN_SPTE", gfn, level)
-        old_spte = words.view[word]
-        if old_spte != FROZEN_SPTE:
-            words.cells[word] = FROZEN_SPTE
-            return old_spte
-        yield (WAIT, "frozen SPTE", gfn, level)
 
 
 def _free_external_spt(vm: Vm, sp: MmuPage) -> Generator[Step, None, MmuPage]:
@@ -343,11 +346,9 @@ def tdp_mmu_split_huge_page(vm: Vm, it: TdpIter, sp: MmuPage, *, shared: bool) -
     `tdp_mmu_link_sp`. Source: tdp_mmu_split_huge_page.
     """
     huge_spte, level = it.old_spte, it.level
-    children = (
-        make_small_spte(vm, huge_spte, sp.role, index) for index in range(ENTRIES_PER_TABLE)
-    )
-    data = b"".join(child.to_bytes(8, "little") for child in children)
-    vm.memory.words.fill(vm.table_base(sp.spt), data)
+    first, shift = make_small_spte(vm, huge_spte, sp.role, 0), PAGE_SHIFT + 9 * (sp.level - 1)
+    children = (first | index << shift for index in range(ENTRIES_PER_TABLE))
+    vm.memory.words.fill(vm.table_base(sp.spt), pack(f"<{ENTRIES_PER_TABLE}Q", *children))
     error = yield from tdp_mmu_link_sp(vm, it, sp, shared=shared)
     if not error:
         vm.update_page_stats(level - 1, ENTRIES_PER_TABLE)

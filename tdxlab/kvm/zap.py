@@ -54,7 +54,9 @@ from tdxlab.kvm.tdp_iter import (
     cond_resched_rwlock,
     for_each_tdp_pte,
     for_each_tdp_pte_min_level_all,
-    tdp_mmu_iter_cond_resched,
+    is_lock_wanted,
+    tdp_mmu_iter_need_resched,
+    tdp_mmu_iter_resched,
     tdp_mmu_max_gfn_exclusive,
 )
 from tdxlab.kvm.tdp_set import (
@@ -108,27 +110,21 @@ def tdp_mmu_zap_leafs(
     """
     assert vm.mmu_lock.held(WRITE)
     end = min(end, tdp_mmu_max_gfn_exclusive(vm))
-    wanted = can_yield and _is_lock_wanted(vm)
+    wanted = can_yield and is_lock_wanted(vm)
     for it in for_each_tdp_pte(vm, root, start, end):
-        if wanted and (yield from tdp_mmu_iter_cond_resched(vm, it, flush, WRITE)):
+        if wanted and tdp_mmu_iter_need_resched(vm, it):
+            yield from tdp_mmu_iter_resched(vm, it, flush, WRITE)
             flush = False
-            wanted = _is_lock_wanted(vm)
+            wanted = is_lock_wanted(vm)
             continue
         spte = it.old_spte
         if not spte & SPTE_MMU_PRESENT_MASK or (it.level > 1 and not spte & PT_PAGE_SIZE_MASK):
             continue
         yield from tdp_mmu_iter_set_spte(vm, it, SHADOW_NONPRESENT_VALUE)
-        wanted = can_yield and _is_lock_wanted(vm)
+        wanted = can_yield and is_lock_wanted(vm)
         if not is_invalid_root(vm, root):
             flush = True
     return flush
-
-
-def _is_lock_wanted(vm: Vm) -> bool:
-    """Somebody may want the walker to give up mmu_lock. That changes only while others run, so it
-    need not be asked at every entry.
-    """
-    return vm.need_resched is not None or vm.mmu_lock.is_contended
 
 
 def kvm_tdp_mmu_zap_leafs(vm: Vm, start: int, end: int, flush: bool) -> Flushing:
@@ -189,15 +185,16 @@ def _zap_level(vm: Vm, root: MmuPage, shared: bool, zap_level: int) -> Work:
     Source: tdp_mmu.c, __tdp_mmu_zap_root.
     """
     mode = READ if shared else WRITE
-    wanted = _is_lock_wanted(vm)
+    wanted = is_lock_wanted(vm)
     for it in for_each_tdp_pte_min_level_all(vm, root, zap_level):
         while True:
-            if wanted and (yield from tdp_mmu_iter_cond_resched(vm, it, False, mode)):
+            if wanted and tdp_mmu_iter_need_resched(vm, it):
+                yield from tdp_mmu_iter_resched(vm, it, False, mode)
                 break
             if it.level > zap_level or not it.old_spte & SPTE_MMU_PRESENT_MASK:
                 break
             error = yield from _clear_entry(vm, it, shared)
-            wanted = _is_lock_wanted(vm)
+            wanted = is_lock_wanted(vm)
             if not error:
                 break
 
