@@ -18,6 +18,7 @@ from tdxlab.seam.td import Tdcs
 from tdxlab.steps import Operation, Step, run, seeded
 
 GFNS = list(range(0x1FE, 0x206))
+ROUNDS = 6
 
 
 def guests(td: TdScene, lists: dict[int, list[int]]) -> None:
@@ -78,10 +79,11 @@ def septes(td: TdScene) -> dict[int, int]:
 def test_faults_and_conversions_in_any_order_keep_the_vm_alive(seed: int) -> None:
     td = TdScene(boot(lps=4, packages=2), vcpus=3)
     td.finalize()
-    lists = {number: list(GFNS) for number in range(3)}
+    td.fault_in(GFNS)
+    lists = {number: GFNS * ROUNDS for number in range(3)}
     guests(td, lists)
     threads: list[Any] = [td.host.on_cpu(n, vcpu_thread(td, n)) for n in range(3)]
-    schedule = seeded([*threads, td.host.on_cpu(3, converter(td, 2))], seed)
+    schedule = seeded([*threads, td.host.on_cpu(3, converter(td, ROUNDS))], seed)
     assert td.vm.vm_bugged == ""
     assert td.machine.module.halted is None
     assert all(not todo for todo in lists.values())
