@@ -13,75 +13,31 @@ Source: Linux 6.16, arch/x86/coco/tdx/tdx.c (the guest's side of TDX: accept, Ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Generator
+from typing import Any, Protocol
 
 from tdxlab.abi import leaves as abi
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import TDX_PAGE_ALREADY_ACCEPTED, TDX_SUCCESS
+from tdxlab.accesses import (
+    Accept,
+    Access,
+    Fetch,
+    Hlt,
+    MapGpa,
+    MapGpaAnswer,
+    Program,
+    Read,
+    Write,
+    accesses_of,
+    pages_of,
+)
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE, SIZE_2M
 from tdxlab.bare import BareMachine
 from tdxlab.cpu import Translation
 from tdxlab.journal import Journal, Table
 from tdxlab.steps import Step
-
-# -- what a program can do
-
-
-class Read(NamedTuple):
-    """Read `size` bytes at `gpa`; answered with the bytes."""
-
-    gpa: int
-    size: int = 8
-
-
-class Write(NamedTuple):
-    """Write `data` at `gpa`."""
-
-    gpa: int
-    data: bytes = b"\1"
-
-
-class Fetch(NamedTuple):
-    """Run an instruction at `gpa`."""
-
-    gpa: int
-
-
-class Accept(NamedTuple):
-    """TDG.MEM.PAGE.ACCEPT of the page at `gpa`. sept_level: 0 (4 KiB) or 1 (2 MiB). Answered with
-    the status.
-    """
-
-    gpa: int
-    sept_level: int = 0
-
-
-class MapGpa(NamedTuple):
-    """Ask the host to convert `size` bytes at `gpa`: to shared memory with the SHARED bit set in
-    `gpa`, to private memory without it. Answered with a MapGpaAnswer.
-    """
-
-    gpa: int
-    size: int
-
-
-class Hlt(NamedTuple):
-    """Wait for an interrupt."""
-
-
-Access = Read | Write | Fetch | Accept | MapGpa | Hlt
-Program = Iterable[Access] | Generator[Access, Any, Any]
-
-
-class MapGpaAnswer(NamedTuple):
-    """What the host said to MapGPA: `status` 0 for success; `gpa`: where it stopped, the end of the
-    range if it did all.
-    """
-
-    status: int
-    gpa: int
 
 
 class GuestPanic(Exception):
@@ -91,6 +47,23 @@ class GuestPanic(Exception):
         super().__init__(why)
         self.why = why
 
+
+__all__ = [
+    "Accept",
+    "Access",
+    "Fetch",
+    "Guest",
+    "GuestCpu",
+    "GuestPanic",
+    "Hlt",
+    "Instructions",
+    "MapGpa",
+    "MapGpaAnswer",
+    "Motion",
+    "Program",
+    "Read",
+    "Write",
+]
 
 #: The guest in motion: yields TD exits (GuestOutcome) and, between accesses, steps; goes on after
 #: the next entry.
@@ -138,17 +111,24 @@ class Instructions(Protocol):
 class Guest:
     """The kernel inside one VM, and what it knows of its memory.
 
-    door: what its instructions do. gpaw: width of a TD's GPAs, 0 for a VM that is no TD. accepts:
-    the kernel accepts a private page before it first uses it, as Linux does; without that the first
-    use of a page ends in a #VE or the TD's death. accepted, shared: frames that it has accepted,
-    and converted to shared memory.
+    door: what its instructions do. gpaw: width of a TD's GPAs, 0 for a VM that is no TD. width:
+    bits of a GPA. accepts: the kernel accepts a private page before it first uses it, as Linux
+    does; without that the first use of a page ends in a #VE or the TD's death. accepted, shared:
+    frames that it has accepted, and converted to shared memory.
     """
 
     def __init__(
-        self, journal: Journal, door: Instructions, *, gpaw: int = 0, accepts: bool = True
+        self,
+        journal: Journal,
+        door: Instructions,
+        *,
+        gpaw: int = 0,
+        width: int = 48,
+        accepts: bool = True,
     ) -> None:
         self.door = door
         self.gpaw = gpaw
+        self.width = gpaw or width
         self.accepts = accepts
         self.shared_mask = 1 << gpaw - 1 if gpaw else 0
         self.accepted = Table(journal)
@@ -157,6 +137,27 @@ class Guest:
     def is_private(self, gpa: int) -> bool:
         """True for a GPA of a TD without the SHARED bit."""
         return bool(self.gpaw) and not gpa & self.shared_mask
+
+    def require(self, access: Access) -> None:
+        """Refuse, with a ValueError, what is no access, or uses bytes that no GPA can name."""
+        if not isinstance(access, Access):
+            raise ValueError(
+                f"{access!r} is no access of a guest; "
+                "a program yields Read, Write, Fetch, Accept, MapGpa or Hlt"
+            )
+        if isinstance(access, Read | Write):
+            size = access.size if isinstance(access, Read) else len(access.data)
+            self.require_gpa(access.gpa, size)
+        elif isinstance(access, Fetch):
+            self.require_gpa(access.gpa, 1)
+
+    def require_gpa(self, gpa: int, size: int) -> None:
+        """Refuse, with a ValueError, bytes outside of the guest's address space."""
+        if size < 1 or not 0 <= gpa <= (1 << self.width) - size:
+            raise ValueError(
+                f"{size} bytes at GPA {gpa:#x} are not in this guest's address space; give at "
+                f"least 1 byte in 0..{(1 << self.width) - 1:#x} ({self.width} bits)"
+            )
 
     def alias(self, gpa: int) -> int:
         """The GPA by which the kernel's page tables map the byte: with the SHARED bit where it has
@@ -194,7 +195,8 @@ class GuestCpu:
 
     def execute(self, program: Program) -> Motion:
         """Run `program`; `answers` has what came of its accesses, in order."""
-        for access, reply in _accesses(program):
+        for access, reply in accesses_of(program):
+            self.guest.require(access)
             yield ("guest", access)
             answer = yield from self.perform(access)
             self.answers.append(answer)
@@ -212,19 +214,14 @@ class GuestCpu:
             return (yield from self._accept(access.gpa, access.sept_level))
         if isinstance(access, MapGpa):
             return (yield from self._map_gpa(access.gpa, access.size))
-        if isinstance(access, Hlt):
-            return (yield from self._hlt())
-        raise ValueError(
-            f"{access!r} is no access of a guest; "
-            "a program yields Read, Write, Fetch, Accept, MapGpa or Hlt"
-        )
+        return (yield from self._hlt())
 
     # -- memory
 
     def _read(self, gpa: int, size: int) -> Motion:
         door = self.guest.door
         pieces = []
-        for start, length in _pages(gpa, size):
+        for start, length in pages_of(gpa, size):
             yield from self._prepare(start)
             found = door.read_guest(self.lp, start, length)
             while isinstance(found, GuestOutcome):
@@ -236,7 +233,7 @@ class GuestCpu:
 
     def _write(self, gpa: int, data: bytes) -> Motion:
         door = self.guest.door
-        for start, length in _pages(gpa, len(data)):
+        for start, length in pages_of(gpa, len(data)):
             yield from self._prepare(start)
             piece = data[start - gpa : start - gpa + length]
             found: Any = door.write_guest(self.lp, start, piece)
@@ -393,31 +390,3 @@ class GuestCpu:
         if self.guest.gpaw:
             yield from self._vmcall(TDVMCALL_REPORT_FATAL_ERROR, 0)
         yield GuestOutcome(True, _EXIT_TRIPLE_FAULT, Registers())
-
-
-def _pages(gpa: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, length) of the part of `size` bytes at `gpa` in each page that they touch."""
-    end = gpa + size
-    while gpa < end:
-        length = min(end, (gpa | PAGE_SIZE - 1) + 1) - gpa
-        yield gpa, length
-        gpa += length
-
-
-def _accesses(program: Program) -> Iterator[tuple[Access, Callable[[Any], None]]]:
-    """(access, function that takes the answer) for each access of a list or a generator."""
-    if not isinstance(program, Generator):
-        for access in program:
-            yield access, _ignore
-        return
-    answers: list[Any] = [None]
-    while True:
-        try:
-            access = program.send(answers[0])
-        except StopIteration:
-            return
-        yield access, lambda answer: answers.__setitem__(0, answer)
-
-
-def _ignore(_answer: Any) -> None:
-    """A list of accesses takes no answers."""

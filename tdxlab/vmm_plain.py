@@ -77,11 +77,6 @@ class PlainDoor:
     ) -> Translation | GuestOutcome:
         """The translation, or an exit whose registers tell KVM of the access."""
         assert self.vm is not None
-        limit = 1 << (48 if self.vm.config.root_level == 4 else 57)
-        if not 0 <= gpa < limit:
-            raise ValueError(
-                f"GPA {gpa:#x} is not in this guest's address space; allowed are 0..{limit - 1:#x}"
-            )
         found = self.host.hardware.cpu.access(
             lp,
             self._root(lp),
@@ -122,7 +117,8 @@ class PlainVm(Gate):
         vm = Vm(host.journal, host.memory, host.params, config, pages=host.pages, name=name)
         door = PlainDoor(host)
         door.vm = vm
-        super().__init__(host, vm, Guest(host.journal, door), discards=discards)
+        width = 48 if config.root_level == 4 else 57
+        super().__init__(host, vm, Guest(host.journal, door, width=width), discards=discards)
         vmx_vm_init(host, vm)
 
     def add_vcpu(self) -> Vcpu:
@@ -143,7 +139,7 @@ class PlainVm(Gate):
         Refuses as `Gate.convert`, and a VM without private memory: IoctlError.
         """
         size = parse_size(size)
-        self._require_convertible(gpa, size, to)
+        self.require_convertible(gpa, size, to)
         if self.vm.config.vm_type == KVM_X86_SW_PROTECTED_VM and not self.vm.vm_dead:
             private = to == "private"
             operation = self.convert_steps(gpa, size, private=private)
@@ -166,3 +162,4 @@ class PlainVm(Gate):
         self.destroyed = True
         yield from self.close_files_steps()
         yield from vmx_destroy_vm(self.vm)
+        self.host.remove_vm(self.vm)

@@ -79,6 +79,8 @@ class Player:
         self.cpu = GuestCpu(guest)
         self.ended = False
         self.panic = ""
+        #: what the program itself raised
+        self.mistake: Exception | None = None
         self._motion: Motion = self.cpu.execute(program)
 
     def inside(self, host: KvmHost, lp: int) -> Generator[Step, None, None]:
@@ -113,6 +115,9 @@ class Player:
             self.panic = panic.why
             self._motion = self.cpu.report_panic()
             return next(self._motion)
+        except Exception as mistake:
+            self.ended, self.mistake = True, mistake
+            return None
 
     def close(self) -> None:
         """Nobody will run the program any further."""
@@ -202,7 +207,10 @@ class Vmm(Protocol):
 
 
 def run_steps(vmm: Vmm, vcpu: Vcpu, program: Program) -> Operation:
-    """The thread of a vCPU in the VMM: returns a RunResult. Runs on the current LP."""
+    """The thread of a vCPU in the VMM: returns a RunResult. Runs on the current LP.
+
+    What the program itself raises comes out here, once the vCPU has left the guest.
+    """
     player = Player(vmm.guest, vcpu, program)
     vmm.host.start(player)
     exits: list[KvmExit] = []
@@ -211,6 +219,8 @@ def run_steps(vmm: Vmm, vcpu: Vcpu, program: Program) -> Operation:
             exit_: KvmExit = yield from vmm.kvm_run(vcpu)
             if isinstance(exit_, Interrupted):
                 vcpu.signal_pending = False
+                if player.mistake is not None:
+                    raise player.mistake
                 if player.ended:
                     return _result(player, exits, DONE)
                 continue

@@ -107,7 +107,7 @@ class Td(Gate):
         created: list[TdxVcpu] = []
         self._build("KVM_CREATE_VCPU", self._create_vcpu(number, created), _WHY_CREATE_VCPU)
         vcpu = created[0]
-        lp = self._lp_for(vcpu)
+        lp = self.lp_for(vcpu)
         self._build("KVM_TDX_INIT_VCPU", tdx_vcpu_init(vcpu, 0), _WHY_INIT_VCPU, lp)
         return vcpu
 
@@ -149,7 +149,7 @@ class Td(Gate):
         self, name: str, operation: Operation, reasons: dict[int, str], lp: int | None = None
     ) -> None:
         """An ioctl on `lp`, or an idle one. Raises IoctlError with a reason for its errno."""
-        ret = self._drive(name, operation, lp)
+        ret = self.drive(name, operation, lp)
         if ret:
             why = reasons.get(-ret) or self.vm.vm_bugged or "the module refused"
             raise IoctlError(name, -ret, why)
@@ -189,6 +189,7 @@ class Td(Gate):
         self.destroyed = True
         yield from self.close_files_steps()
         yield from kvm_destroy_vm(self.tdx)
+        self.host.remove_vm(self.vm)
 
 
 _UNITS_OF_DESTRUCTION = ("TDH.MEM.PAGE.REMOVE", "TDH.PHYMEM.PAGE.RECLAIM")
