@@ -28,6 +28,14 @@ _NOT_UNDERSTOOD = (TraceError, TypeError, AttributeError, IndexError, ValueError
 _NOT_RESULTS = ("op", "args", "warns")
 _STATS = ("pages_4k", "pages_2m", "pages_1g", "pt_pages", "pt_pages_mirror", "nx_lpage_splits")
 
+Rows = tuple[Any, ...]
+
+#: Operations of which a trace shows a memory-fault exit.
+_FAULTS = ("fault", "fault_noreload")
+
+#: Results that a nested operation's do not have.
+_FOLDED = ("flush", "events")
+
 
 class MmuTraceRun:
     """One trace on its way: the VM, the counts, and the mismatches found so far.
@@ -87,7 +95,7 @@ class MmuTraceRun:
         if operation == "note":
             rig.yield_every(integer(step.get("cfg", {}).get("yield_every", 0)))
         elif operation == "snapshot":
-            self._compare_roots("snapshot", step.get("roots"))
+            self._compare_roots("roots", step.get("roots"))
             rig.yield_every(0)
         elif operation == "at_hook":
             nested = Countdown(args.number("n", 1), 1, args.text("cmd"))
@@ -163,8 +171,10 @@ class MmuTraceRun:
     # -- comparing
 
     def _compare_step(self, step: Step, results: dict[str, Any]) -> None:
-        """Compare every result that the trace has, and a memory-fault exit that it has not."""
-        for name in {**step, **{key: None for key in results if key == "memory_fault_exit"}}:
+        """Compare every result that either has; a trace has no statistics of a VM that is gone."""
+        if step["op"] == "uninit_vm":
+            del results["stats"]
+        for name in {**step, **results}:
             if name not in _NOT_RESULTS:
                 self._compare(name, plain(step.get(name)), results.get(name))
 
@@ -175,15 +185,24 @@ class MmuTraceRun:
         self._compare(name, plain(recorded), dump.roots(self._rig.vm))
 
     def _compare(self, name: str, recorded: Any, ours: Any) -> None:
+        """Note what differs: in dicts every key, in lists of rows the first row."""
         if self._names.same(recorded, ours):
             return
-        if isinstance(recorded, tuple) and isinstance(ours, tuple):
-            for row in range(max(len(recorded), len(ours))):
-                left, right = recorded[row : row + 1], ours[row : row + 1]
-                if not self._names.same(left, right):
-                    self._note(f"{name}, row {row}", left, right)
-                    return
-        self._note(name, recorded, ours)
+        if isinstance(recorded, dict) and isinstance(ours, dict):
+            for key in {**recorded, **ours}:
+                self._compare(f"{name} {key}", recorded.get(key), ours.get(key))
+        elif _is_rows(recorded) and _is_rows(ours):
+            self._compare_rows(name, recorded, ours)
+        else:
+            self._note(name, recorded, ours)
+
+    def _compare_rows(self, name: str, recorded: Rows, ours: Rows) -> None:
+        for place in range(max(len(recorded), len(ours))):
+            left = recorded[place] if place < len(recorded) else "nothing"
+            right = ours[place] if place < len(ours) else "nothing"
+            if not self._names.same(left, right):
+                self._compare(f"{name}, row {place}", left, right)
+                return
 
     def _note(self, name: str, recorded: Any, ours: Any) -> None:
         index, title = self._place
@@ -191,11 +210,8 @@ class MmuTraceRun:
         differences.append((name, show(recorded), show(ours)))
 
 
-#: Operations of which a trace shows a memory-fault exit.
-_FAULTS = ("fault", "fault_noreload")
-
-#: Results that a nested operation's do not have.
-_FOLDED = ("flush", "events")
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(row, tuple | dict) for row in value)
 
 
 def _memory_fault(vcpu: Vcpu) -> dict[str, Any]:
