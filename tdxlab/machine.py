@@ -25,6 +25,7 @@ from tdxlab.kvm.params import KVM_X86_DEFAULT_VM, MmuParams, VmConfig
 from tdxlab.kvm.tdx_module import tdx_bringup
 from tdxlab.sizes import format_size, parse_size
 from tdxlab.vmm import Gate
+from tdxlab.vmm_ioctls import unchanged_on_failure
 from tdxlab.vmm_plain import PlainVm
 from tdxlab.vmm_run import PlayingHost
 from tdxlab.vmm_td import Td
@@ -99,8 +100,7 @@ class Machine(BareMachine):
         size = self._memory_size(memory, self.gpaw if gpaw is None else gpaw)
         if vcpus < 1:
             raise ValueError(f"{vcpus} vCPUs; a TD that can be built has at least 1")
-        mark = self.mark()
-        try:
+        with unchanged_on_failure(self.journal):
             td = Td(
                 self.host,
                 gpaw=self.gpaw if gpaw is None else gpaw,
@@ -116,11 +116,6 @@ class Machine(BareMachine):
                 self.add_firmware(td, image)
             if launch:
                 td.finalize()
-        except (ValueError, OSError):
-            self.rewind(mark)
-            raise
-        finally:
-            self.journal.forget(mark)
         return td
 
     def create_vm(
@@ -139,8 +134,7 @@ class Machine(BareMachine):
         for the defaults. The rest as for `create_td`.
         """
         size = self._memory_size(memory, 48)
-        mark = self.mark()
-        try:
+        with unchanged_on_failure(self.journal):
             vm = PlainVm(
                 self.host,
                 config or VmConfig(vm_type=vm_type),
@@ -150,11 +144,6 @@ class Machine(BareMachine):
             for _ in range(vcpus):
                 vm.add_vcpu()
             vm.add_memory(0, size, private=vm.vm.features.has_private_mem)
-        except (ValueError, OSError):
-            self.rewind(mark)
-            raise
-        finally:
-            self.journal.forget(mark)
         return vm
 
     def add_firmware(self, td: Td, image: bytes) -> int:

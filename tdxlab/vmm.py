@@ -47,6 +47,7 @@ class Gate(Ioctls):
         Refuses a vCPU of another VM, an LP that does not exist, a list with something that is no
         access: ValueError. What a generator raises comes out when the vCPU has left the guest.
         """
+        self.require_alive("KVM_RUN")
         found = self.own_vcpu(vcpu)
         if isinstance(program, list | tuple):
             for access in program:

@@ -8,14 +8,15 @@ Source: QEMU 10, accel/kvm/kvm-all.c, for what a VMM does when.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from errno import EBADF, EIO
 from typing import Any, NamedTuple
 
 from tdxlab import steps
 from tdxlab.arch import PAGE_SIZE
 from tdxlab.guest import Guest
-from tdxlab.journal import Field, Table
+from tdxlab.journal import Field, Journal, Table
 from tdxlab.kvm.attributes import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from tdxlab.kvm.gmem import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, GuestMemfds
 from tdxlab.kvm.memory_region import kvm_vm_ioctl_set_memory_region
@@ -30,6 +31,19 @@ from tdxlab.vmm_run import PlayingHost
 
 #: HVA at which the VMM maps the guest's shared memory: GPA 0 lies here.
 HVA_BASE = 0x7F00_0000_0000
+
+
+@contextmanager
+def unchanged_on_failure(journal: Journal) -> Iterator[None]:
+    """What is done inside is taken back if it ends with an error."""
+    mark = journal.mark()
+    try:
+        yield
+    except Exception:
+        journal.rewind(mark)
+        raise
+    finally:
+        journal.forget(mark)
 
 
 class Backing(NamedTuple):
@@ -90,14 +104,20 @@ class Ioctls:
             raise IoctlError(name, -result, why_dead(self.vm) if self.vm.vm_dead else why())
         return result
 
-    def drive(self, name: str, operation: Operation, lp: int | None = None) -> Any:
-        """Run `operation` on `lp`, or an idle one. Refuses once the VM is dead or destroyed."""
+    def require_alive(self, name: str) -> None:
+        """Refuse an ioctl once the VM is destroyed (EBADF) or dead (EIO): IoctlError."""
         if self.destroyed:
-            operation.close()
             raise IoctlError(name, EBADF, f"{self.vm.name} was destroyed; create another VM")
         if self.vm.vm_dead:
-            operation.close()
             raise IoctlError(name, EIO, why_dead(self.vm))
+
+    def drive(self, name: str, operation: Operation, lp: int | None = None) -> Any:
+        """Run `operation` on `lp`, or an idle one. Refuses once the VM is dead or destroyed."""
+        try:
+            self.require_alive(name)
+        except IoctlError:
+            operation.close()
+            raise
         place = self.host.idle_lp() if lp is None else lp
         return steps.run(self.host.on_cpu(place, operation))
 
@@ -189,17 +209,19 @@ class Ioctls:
         """
         size = parse_size(size)
         slot = len(self.backings)
-        gmem = self._create_guest_memfd(size) if private else -1
-        flags = KVM_MEM_GUEST_MEMFD if private else 0
-        self.set_user_memory_region(slot, gpa, size, flags=flags, gmem=gmem)
-        backing = Backing(slot, gpa, size, gmem, HVA_BASE + gpa)
-        self.user_memory.mmap(backing.hva, size)
-        self.backings = tuple(sorted((*self.backings, backing), key=lambda b: b.gpa))
-        if private:
-            self.set_memory_attributes(gpa, size, private=True)
+        with unchanged_on_failure(self.vm.journal):
+            gmem = self._create_guest_memfd(size) if private else -1
+            flags = KVM_MEM_GUEST_MEMFD if private else 0
+            self.set_user_memory_region(slot, gpa, size, flags=flags, gmem=gmem)
+            backing = Backing(slot, gpa, size, gmem, HVA_BASE + gpa)
+            self.user_memory.mmap(backing.hva, size)
+            self.backings = tuple(sorted((*self.backings, backing), key=lambda b: b.gpa))
+            if private:
+                self.set_memory_attributes(gpa, size, private=True)
         return backing
 
     def _create_guest_memfd(self, size: int) -> int:
+        self.require_alive("KVM_CREATE_GUEST_MEMFD")
         number = self.guest_memory.create(size)
         if number < 0:
             raise IoctlError(
