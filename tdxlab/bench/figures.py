@@ -14,12 +14,9 @@ from pathlib import Path
 
 from tdxlab.abi import leaves as abi
 from tdxlab.abi.registers import Registers
-from tdxlab.arch import PAGE_SIZE, SIZE_1G, SIZE_2M
-from tdxlab.bare import BareMachine
+from tdxlab.arch import PAGE_SIZE, SIZE_1G
+from tdxlab.bench.kvm_workloads import ModelKvm
 from tdxlab.bench.workloads import GUEST_BASE, ModelBench, aug, measure
-from tdxlab.hardware import default_platform
-from tdxlab.host import Host
-from tdxlab.host_td import HostTd
 from tdxlab.tape import Tape
 
 _DENSE_PAGES = 204_800
@@ -36,32 +33,45 @@ def resident_bytes() -> int:
 
 
 def dense_memory() -> str:
-    """Resident bytes for each 4 KiB page of a guest without holes: S-EPT and PAMT."""
-    bench = ModelBench(pages=0)
+    """Resident bytes for each 4 KiB page of a guest without holes: mirror, S-EPT and PAMT.
+
+    Its pages are in their guest_memfd already: what KVM knows of those is not counted.
+    """
+    bench = ModelKvm(_DENSE_PAGES)
+    slot = bench.td.vm.slots.find(0)
+    assert slot is not None
+    for gfn in range(_DENSE_PAGES):
+        pfn = bench.td.guest_memory.get_pfn(slot.gmem, gfn)
+        bench.td.guest_memory.get_page(pfn)
     before = resident_bytes()
-    for gpa in range(GUEST_BASE, GUEST_BASE + _DENSE_PAGES * PAGE_SIZE, SIZE_2M):
-        bench.td.map_tables(gpa)
-    measure(bench, aug, _DENSE_PAGES)
+    for gpa in range(0, _DENSE_PAGES * PAGE_SIZE, PAGE_SIZE):
+        bench.fault(gpa)
     each = (resident_bytes() - before) / _DENSE_PAGES
     return f"memory per page, dense        {each:8.1f} bytes   (goal <= 40)"
 
 
 def spread_memory() -> str:
-    """Resident bytes for each page where guest and host memory hold one page in each GiB."""
-    machine = BareMachine(default_platform(tdmr_gib=_SPREAD_PAGES + 2))
-    host = Host(machine)
-    host.boot()
-    td = HostTd(host)
-    td.add_vcpu()
-    td.finalize()
-    base = machine.platform.tdmrs[0].base + SIZE_1G
+    """Resident bytes for each page where guest memory holds one page in each GiB, KVM's included.
+
+    Differs: host memory is dense; each GiB of it that is used costs the module the first page of
+    that GiB's PAMT, as it does on a real host.
+    """
+    bench = ModelKvm(_SPREAD_PAGES * SIZE_1G // PAGE_SIZE)
     before = resident_bytes()
     for number in range(_SPREAD_PAGES):
-        gpa, hpa = GUEST_BASE + number * SIZE_1G, base + number * SIZE_1G
-        td.map_tables(gpa)
-        host.must(0, abi.TDH_MEM_PAGE_AUG, rcx=gpa, rdx=td.tdr, r8=hpa)
+        bench.fault(number * SIZE_1G)
     each = (resident_bytes() - before) / _SPREAD_PAGES / 1024
-    return f"memory per page, one a GiB    {each:8.1f} KiB     (goal <= 24)"
+    return f"memory per page, one a GiB    {each:8.1f} KiB     (goal <= 48)"
+
+
+def demo_time() -> str:
+    """CPU time of `tdxlab demo` with a TD of 64 MiB, in a fresh interpreter."""
+    command = [sys.executable, "-m", "tdxlab", "demo", "--memory", "64 MiB"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return f"tdxlab demo, 64 MiB           {seconds:8.2f} s       (aim 5)"
 
 
 def journal_cost() -> str:
@@ -135,6 +145,7 @@ def step_back() -> str:
 ALL: tuple[Callable[[], str], ...] = (
     dense_memory,
     spread_memory,
+    demo_time,
     journal_cost,
     import_time,
     svg_redraw,
