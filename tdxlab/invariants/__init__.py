@@ -5,23 +5,31 @@ and asks all those whose scope is met. Scopes, each containing the ones before i
 
     always   at every moment, also while a SEAMCALL waits between its checks and its effects
     quiet    no operation is half-done
-    alive    ... and all KeyIDs are assigned, and the host has declared no TD dead
+    alive    ... and the host's tables of a TD are the host's doing alone
 
     no  scope   what
+     1  alive   a mirror leaf is exactly one S-EPT leaf with the same page, and the reverse
+     2  alive   a table that a mirror links is a table of the S-EPT, and the reverse
      3  always  a page that the S-EPT maps is owned as PT_REG, a table as PT_EPT; none is linked
                 twice, in one TD or two; and what a TD owns as such is in its S-EPT (until TEARDOWN)
      4  always  a TDR's child count is the number of 4 KiB pages that the TD owns
-     5  always  every page in use belongs to a TD that exists
-     6  always  a vCPU inside holds no translation to a page that is not mapped there any more
+     5  always  every page that the module owns belongs to a TD that exists, and is not free for the
+                host; no SPTE maps a free page; quiet: every page is free, used in one place, or
+                leaked with a cause, and the sums are exact
+     6  always  a vCPU inside holds no translation to a page that is not mapped there any more, or,
+                where it is shared, to a page that is free
      7  always  the epoch counts are at least the vCPUs inside; quiet: exactly
-     8  quiet   the numbers of pages and vCPUs that a TD keeps are those that can be counted
-    10  always  KeyIDs and life cycles of TDs fit each other
-    11  quiet   locks are free, but for those of the vCPUs inside
+     8  quiet   the numbers of pages, tables, vCPUs and references that a TD or a VM keeps are those
+                that can be counted
+     9  always  no shared GPA is in a mirror, no private GPA in a TD's direct root
+    10  always  KeyIDs and life cycles of TDs fit each other; quiet: and the host's KeyIDs
+    11  quiet   locks are free, but for those of the vCPUs inside; no SPTE is frozen
     12  always  a page is represented at one level of the PAMT
-    13  quiet   a vCPU is active if and only if it is inside one LP, the one it is associated with
+    13  quiet   a vCPU is active if and only if it is inside one LP, the one it is associated with;
+                always: the host knows that it is there
 
-Numbers 1, 2 and 9 compare the module with a mirror EPT, and the rest of 5 and 8 counts the host's
-own pages: they wait for the host's MMU. Until then no invariant has the scope "alive".
+A `BareMachine` has no host to ask about: 1, 2, 9 and the host's share of the others hold there.
+Numbers 1 and 2 are about TDs that have their KeyID and that the host has not declared dead.
 
 A check visits only what is in use; it reads the module's memory from the lab bench and writes
 nothing.
@@ -33,7 +41,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, get_args
 
 from tdxlab.bare import BareMachine
-from tdxlab.invariants import keys_and_locks, pages, running
+from tdxlab.invariants import host_pages, keys_and_locks, mmu, pages, running
 from tdxlab.invariants.picture import Picture
 
 Scope = Literal["always", "quiet", "alive"]
@@ -66,6 +74,8 @@ class Invariant(NamedTuple):
 
 
 INVARIANTS: tuple[Invariant, ...] = (
+    Invariant(1, "alive", mmu.mirror_leaves_are_sept_leaves),
+    Invariant(2, "alive", mmu.mirror_tables_are_sept_tables),
     Invariant(5, "always", pages.pages_in_use_belong_to_a_td),
     Invariant(12, "always", pages.pages_are_represented_at_one_level),
     Invariant(3, "always", pages.what_the_sept_links_is_owned_by_the_td),
@@ -82,6 +92,21 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant(11, "quiet", keys_and_locks.pamt_locks_are_those_of_vcpus_inside),
     Invariant(11, "quiet", keys_and_locks.other_locks_are_free),
     Invariant(13, "quiet", running.active_vcpus_are_inside_their_lp),
+    Invariant(5, "always", host_pages.the_module_owns_no_free_page),
+    Invariant(5, "always", host_pages.leaked_pages_have_a_cause),
+    Invariant(5, "always", mmu.leaves_map_pages_in_use),
+    Invariant(5, "quiet", host_pages.pages_add_up),
+    Invariant(5, "quiet", host_pages.pages_in_use_have_one_user),
+    Invariant(5, "quiet", host_pages.host_pages_are_not_the_modules),
+    Invariant(6, "always", host_pages.shared_translations_are_of_pages_in_use),
+    Invariant(8, "quiet", mmu.tables_are_counted_right),
+    Invariant(8, "quiet", mmu.tables_are_known),
+    Invariant(8, "quiet", mmu.roots_are_counted_right),
+    Invariant(9, "always", mmu.shared_and_private_have_their_own_roots),
+    Invariant(10, "quiet", host_pages.keyids_are_those_of_the_module),
+    Invariant(11, "quiet", host_pages.locks_of_the_host_are_free),
+    Invariant(11, "quiet", mmu.nothing_is_frozen),
+    Invariant(13, "always", host_pages.vcpus_inside_can_be_kicked),
 )
 
 

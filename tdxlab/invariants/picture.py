@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tdxlab.arch import HPA_MASK, PAGE_SHIFT
+from tdxlab.arch import HPA_MASK, PAGE_SHIFT, shared_bit
 from tdxlab.bare import BareMachine
+from tdxlab.invariants.host_picture import HostPicture, VmPicture
+from tdxlab.machine import Machine
 from tdxlab.seam import sept
 from tdxlab.seam.pamt import SIZE_NAMES, PamtEntry
 from tdxlab.seam.rules import (
@@ -78,6 +80,10 @@ class TdPicture:
         value: int = self._view[self.tdcs + word]
         return value
 
+    def is_shared(self, gpa: int) -> bool:
+        """True for a GPA with the SHARED bit."""
+        return bool(gpa >> shared_bit(52 if self.tdcs_field(Tdcs.GPAW) else 48) & 1)
+
     def __str__(self) -> str:
         return f"the TD at {self.tdr:#x}"
 
@@ -108,7 +114,7 @@ class VcpuPicture(NamedTuple):
 @dataclass(frozen=True)
 class Picture:
     """What is in use in a machine. owned: TDR -> PAMT entries of the pages of that TD. inside:
-    LP -> TDVPR, LPs with a guest only.
+    LP -> TDVPR, LPs with a guest only. host: what KVM holds, None on a machine without one.
     """
 
     machine: BareMachine
@@ -117,6 +123,7 @@ class Picture:
     tds: dict[int, TdPicture]
     vcpus: dict[int, VcpuPicture]
     inside: dict[int, int]
+    host: HostPicture | None = None
 
     @classmethod
     def of(cls, machine: BareMachine) -> Picture:
@@ -130,7 +137,13 @@ class Picture:
         vcpus = {r.hpa: _vcpu(machine, r) for r in rows if r.page_type == PT_TDVPR}
         cpu = machine.cpu
         inside = {lp: cpu.vcpu_inside(lp) for lp in cpu.lps if cpu.vcpu_inside(lp)}
-        return cls(machine, rows, owned, tds, vcpus, inside)
+        host = HostPicture(machine.host) if isinstance(machine, Machine) else None
+        return cls(machine, rows, owned, tds, vcpus, inside, host)
+
+    @property
+    def vms(self) -> list[VmPicture]:
+        """KVM's VMs."""
+        return [] if self.host is None else self.host.vms
 
     def pages(self, td: TdPicture, page_type: int, size: int = 0) -> int:
         """How many pages of one type and size the TD owns."""

@@ -25,7 +25,9 @@ def vcpus_inside_use_only_mapped_pages(picture: Picture) -> Iterator[str]:
         mapped = {(link.gpa, link.sept_level): link.hpa for link in td.links if link.is_leaf}
         for (root, gfn), found in cpu.tlbs[lp].items():
             gpa = gfn << PAGE_SHIFT
-            if root == td.root and found.hpa not in _translations(mapped, gpa):
+            if root != td.root or td.is_shared(gpa):
+                continue
+            if found.hpa not in _translations(mapped, gpa):
                 yield (
                     f"LP {lp} runs {td} and translates GPA {gpa:#x} to {found.hpa:#x}, "
                     "which is not mapped there any more"

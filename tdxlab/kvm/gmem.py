@@ -110,6 +110,10 @@ class GuestMemfds:
         """Page of the file -> Folio, for all pages that it has."""
         return {index: folio for (file, index), folio in self._folios.items() if file == gmem}
 
+    def owned(self) -> list[int]:
+        """Frame numbers of all pages that are out for files, or still referenced by a back end."""
+        return [*(folio.pfn for folio in self._folios.values()), *self.orphans]
+
     # -- slots
 
     def bind(self, slot: Slot) -> Doing:

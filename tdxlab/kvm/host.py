@@ -84,9 +84,9 @@ class KvmHost:
     KVM may use, for guests too; None for all convertible memory of the platform.
     module_status: TDX_MODULE_*. nr_configured_hkids: KeyIDs that TDs have. hkids: KeyID -> name of
     its TD. exits: LP -> TdExit that its thread has not yet seen. ipis: LPs with an interrupt that
-    they have not yet taken. associated: LP -> vCPUs that may have state cached there. tdx_lock: one
-    mutex for the SEAMCALLs that want the module's KeyID table. current_lp: smp_processor_id() of
-    the thread that runs.
+    they have not yet taken. associated: LP -> vCPUs that may have state cached there. vm_list: the
+    VMs that exist, the oldest first. tdx_lock: one mutex for the SEAMCALLs that want the module's
+    KeyID table. current_lp: smp_processor_id() of the thread that runs.
     Refuses a machine without memory for guests: ValueError.
     """
 
@@ -94,6 +94,7 @@ class KvmHost:
     nr_configured_hkids = Field(0)
     sysinfo: Field[Any] = Field(None)
     cpus_initialised: Field[frozenset[int]] = Field(frozenset())
+    vm_list: Field[tuple[Vm, ...]] = Field(())
 
     def __init__(
         self,
@@ -127,6 +128,19 @@ class KvmHost:
     def counts(self) -> dict[str, int]:
         """Name -> value of every counter."""
         return dict(zip(HOST_COUNTERS, self.counters.view, strict=False))
+
+    # -- VMs
+
+    def add_vm(self, vm: Vm) -> None:
+        """A VM is created. Source: kvm_main.c, kvm_create_vm."""
+        self.vm_list = (*self.vm_list, vm)
+
+    def remove_vm(self, vm: Vm) -> None:
+        """A VM is destroyed. Source: kvm_main.c, kvm_destroy_vm.
+
+        Differs: it leaves the list when all its pages are given back, in Linux before.
+        """
+        self.vm_list = tuple(other for other in self.vm_list if other is not vm)
 
     # -- threads and processors
 

@@ -7,7 +7,7 @@ Source: Linux 6.16, mm/page_alloc.c, as far as KVM sees it: alloc_page and __fre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
@@ -90,6 +90,20 @@ class HostPages:
         """What the page at `hpa` is out for, "" if it is not, or is none of these pages."""
         pfn, use = hpa >> PAGE_SHIFT, self._use.view
         return self._names[use[pfn]] if pfn < len(use) else ""
+
+    def returned(self) -> Iterator[int]:
+        """HPA of each page that is free again, the one that was returned last first."""
+        hpa = self._returned
+        while hpa != NO_PAGE:
+            yield hpa
+            before = self._link.view[hpa >> PAGE_SHIFT]
+            hpa = NO_PAGE if before == MASK64 else before
+
+    @property
+    def untouched(self) -> int:
+        """Pages that were never handed out."""
+        regions = self.regions[self._region :]
+        return (sum(region.size for region in regions) - self._next) // PAGE_SIZE
 
     def alloc_page(self, use: str) -> int:
         """HPA of a free 4 KiB page, or NO_PAGE."""

@@ -123,6 +123,10 @@ class ProcessMemory:
             self._free(page)
         self.areas = ()
 
+    def owned(self) -> list[int]:
+        """HPA of each page that the process has, large ones too."""
+        return list(self._pages.values())
+
     # -- what KVM asks
 
     def area(self, hva: int) -> Area | None:

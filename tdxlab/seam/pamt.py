@@ -51,6 +51,7 @@ TYPE_MASK = PamtWord.page_type.mask
 TYPE_SHIFT = PamtWord.page_type.low
 _OWNER_UP = PamtWord.owner_pfn.low - PAGE_SHIFT
 _RESERVED = PT_RSVD << TYPE_SHIFT
+_ALL_RESERVED = (_RESERVED.to_bytes(8, "little") + bytes(8)) * PAGES_PER_2M
 
 
 class PamtEntry(NamedTuple):
@@ -175,7 +176,7 @@ class Pamt:
         count = SIZE_1G // step
         for start in range(0, count, PAGES_PER_2M):
             chunk = self.words.read(first + 2 * start, 2 * min(PAGES_PER_2M, count))
-            if chunk == _ALL_FREE[: len(chunk)]:
+            if chunk in (_ALL_FREE[: len(chunk)], _ALL_RESERVED[: len(chunk)]):
                 continue
             for number in range(start, start + min(PAGES_PER_2M, count)):
                 word = self.words.view[first + 2 * number] & (TYPE_MASK | LOCK_MASK)
