@@ -20,7 +20,7 @@ from tdxlab.arch import HPA_MASK
 from tdxlab.kvm import tdp_mmu
 from tdxlab.kvm.spte import FROZEN_SPTE, SHADOW_NONPRESENT_VALUE
 from tdxlab.mmu_conformance.decode import Args, config, integer, params, plain
-from tdxlab.mmu_conformance.record import Changes, Recorder, TableNames, show, split_spte, stride
+from tdxlab.mmu_conformance.record import Recorder, TableNames, show, split_spte, stride
 from tdxlab.mmu_conformance.rig import (
     Countdown,
     FreshPages,
@@ -333,10 +333,10 @@ LEAF, LINK = 0x8600_0000_0000_0B77, 0x8000_0000_0000_0907
 
 
 def changes(*rows: tuple[int, int, int, int, int]) -> list[tuple[Any, ...]]:
-    recorded = Changes()
+    recorder = Recorder()
     for row in rows:
-        recorded.add(("spte_changed", *row))
-    return recorded.rows()
+        recorder(("spte_changed", *row))
+    return recorder.changes()
 
 
 def leaves(level: int, count: int) -> Iterator[tuple[int, int, int, int, int]]:

@@ -5,6 +5,7 @@ Values are as `decode.plain` gives recorded ones: tuples of ints, words and plac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tdxlab.arch import HPA_MASK, LEVEL_BITS, PAGE_SHIFT
@@ -45,55 +46,62 @@ def stride(spte: int, level: int) -> int | None:
     return 1 << PAGE_SHIFT + LEVEL_BITS * (level - 1)
 
 
-class Changes:
-    """The SPTE changes of one operation; neighbours that go alike are one row with a count."""
+class Recorder:
+    """Everything that happens during one operation. Call it with each event: (name, values...).
 
-    def __init__(self) -> None:
+    SPTE changes, ("spte_changed", as_id, level, gfn, old SPTE, new SPTE), are kept apart;
+    neighbours that go alike are one row with a count. tell: gets all other events of the model, and
+    calls `add` with those that a trace shows, in its words.
+    """
+
+    __slots__ = ("_events", "_next", "_runs", "_strides", "_tell")
+
+    def __init__(self, tell: Callable[[Row], None] | None = None) -> None:
+        self._tell = tell or self.add
+        self._events: list[list[Any]] = []
         self._runs: list[list[int]] = []
-        #: the event that would go on with the last run
+        #: the event that would go on with the last run, and what comes on top of it for the next
         self._next: Row = ()
         self._strides = (0, 0, 0)
 
-    def add(self, event: Row) -> None:
-        """("spte_changed", as_id, level, gfn, old SPTE, new SPTE)."""
+    def __call__(self, event: Row) -> None:
+        """The model says what happens."""
         if event == self._next:
             self._runs[-1][5] += 1
-            pages, of_old, of_new = self._strides
-        else:
             name, as_id, level, gfn, old, new = event
-            self._runs.append([as_id, level, gfn, old, new, 1])
-            first, second = stride(old, level), stride(new, level)
-            if first is None or second is None:
-                self._next = ()
-                return
-            pages, of_old, of_new = 1 << LEVEL_BITS * (level - 1), first, second
-            self._strides = (pages, of_old, of_new)
+            pages, of_old, of_new = self._strides
+            self._next = (name, as_id, level, gfn + pages, old + of_old, new + of_new)
+        elif event[0] == "spte_changed":
+            self._new_run(event)
+        else:
+            self._tell(event)
+
+    def _new_run(self, event: Row) -> None:
         name, as_id, level, gfn, old, new = event
+        self._runs.append([as_id, level, gfn, old, new, 1])
+        of_old, of_new = stride(old, level), stride(new, level)
+        if of_old is None or of_new is None:
+            self._next = ()
+            return
+        pages = 1 << LEVEL_BITS * (level - 1)
+        self._strides = (pages, of_old, of_new)
         self._next = (name, as_id, level, gfn + pages, old + of_old, new + of_new)
 
-    def rows(self) -> list[Row]:
+    def add(self, event: Row) -> None:
+        """Something happened that a trace shows."""
+        events = self._events
+        if events and events[-1][0] == event:
+            events[-1][1] += 1
+        else:
+            events.append([event, 1])
+
+    def changes(self) -> list[Row]:
         """(as_id, level, gfn, old bits, old address, new bits, new address, [count])."""
         found = []
         for as_id, level, gfn, old, new, count in self._runs:
             row: Row = (as_id, level, gfn, *split_spte(old, level), *split_spte(new, level))
             found.append(row if count == 1 else (*row, count))
         return found
-
-
-class Recorder:
-    """Everything that happens during one operation."""
-
-    def __init__(self) -> None:
-        self.changes = Changes()
-        self._events: list[list[Any]] = []
-
-    def add(self, event: Row) -> None:
-        """Something happened: (name, values...)."""
-        events = self._events
-        if events and events[-1][0] == event:
-            events[-1][1] += 1
-        else:
-            events.append([event, 1])
 
     def events(self) -> list[Row]:
         """All events; equal neighbours are one, with {"x": count} at its end."""

@@ -164,7 +164,6 @@ class Rig:
     def __init__(self, params: MmuParams, config: VmConfig, vcpus: int) -> None:
         journal = Journal()
         memory = Memory(journal, Trace(journal), (TABLES,), encrypted=False)
-        self.recorder = Recorder()
         self.at_hook: dict[str, Countdown] = {}
         self.at_yield: str | None = None
         self.failing: dict[str, Countdown] = {}
@@ -184,7 +183,7 @@ class Rig:
         vm.user_memory = UserPages()
         vm.guest_memory = GuestPages()
         vm.is_mmio_pfn = lambda pfn: pfn >= _MMIO_PFN
-        vm.listener = self._listen
+        self.record()
         vm.vcpus = tuple(Vcpu(vm, number) for number in range(vcpus))
 
     def vcpu(self, args: Args) -> Vcpu:
@@ -203,11 +202,17 @@ class Rig:
 
     # -- events
 
-    def _listen(self, event: Row) -> None:
+    def record(self) -> None:
+        """A new operation begins."""
+        self._record_with(Recorder(self._tell))
+
+    def _record_with(self, recorder: Recorder) -> None:
+        self.recorder = self.vm.listener = recorder
+
+    def _tell(self, event: Row) -> None:
+        """Put an event of the model into the words of a trace."""
         name = event[0]
-        if name == "spte_changed":
-            self.recorder.changes.add(event)
-        elif name == "yield":
+        if name == "yield":
             self._yielded(event)
         elif name == "kvm_make_all_cpus_request":
             self.recorder.add((name, event[1] if event[1] in _KNOWN_REQUESTS else "other"))
@@ -236,11 +241,12 @@ class Rig:
         two that were inside each other both show the inner one's.
         """
         self._command = command
-        outer, self.recorder = self.recorder, Recorder()
+        outer = self.recorder
+        self.record()
         try:
             result = self.run_nested(command)
         finally:
-            self.recorder = outer
+            self._record_with(outer)
         outer.add(("nested", where, self._command, result))
 
 

@@ -113,7 +113,7 @@ class MmuTraceRun:
         rig = self._rig
         if operation in ("fault", "map_page"):
             rig.yield_every(0)
-        rig.recorder = Recorder()
+        rig.record()
         results = self._perform(operation, args)
         rig.yield_every(0)
         self._compare_step(step, results)
@@ -144,7 +144,7 @@ class MmuTraceRun:
             "hooks": tuple(recorder.hooks()),
             "flush": tuple(recorder.flushes()),
             "events": tuple(recorder.events()),
-            "spte_changes": tuple(recorder.changes.rows()),
+            "spte_changes": tuple(recorder.changes()),
             "stats": self._stats(),
             **out,
         }
