@@ -63,7 +63,7 @@ test-notebooks: $(READY)  ## nbval, strict, on every notebook; then the series a
 	$(BIN)/python -m pytest $(NBVAL) tests/test_house_notebooks.py notebooks
 
 .PHONY: test-conformance
-test-conformance: $(READY)  ## replay the recorded traces of the real TDX module
+test-conformance: $(READY)  ## replay the recorded traces of the real TDX module and of KVM
 	$(BIN)/tdxlab replay data/conformance
 
 .PHONY: test-browser

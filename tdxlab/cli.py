@@ -100,7 +100,7 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_replay(commands: argparse._SubParsersAction[_Parser]) -> None:
-    text = "replay recorded traces of the real TDX module and compare every answer"
+    text = "replay recorded traces of the real code, module and KVM, and compare every answer"
     replay = commands.add_parser("replay", help=text, description=text)
     note = "trace files (.json, .json.gz) or folders of them (default: the packaged traces)"
     replay.add_argument("paths", nargs="*", metavar="PATH", help=note)

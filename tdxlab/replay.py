@@ -16,13 +16,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
+from tdxlab.comparison import Difference
 from tdxlab.conformance import TraceRun
 from tdxlab.mmu_conformance.run import MmuTraceRun
 from tdxlab.recorded import TraceError
@@ -31,6 +36,9 @@ from tdxlab.recorded import TraceError
 SHOWN = 10
 
 Progress = Callable[[int, int], None]
+
+#: Fewer are replayed sooner than another process starts.
+_FILES_PER_JOB = 20
 
 #: Keys that tell the kinds of traces apart -> what replays them.
 _KINDS: dict[tuple[str, ...], type[TraceRun] | type[MmuTraceRun]] = {
@@ -57,6 +65,17 @@ class Mismatch:
             yield f"    {name}: the real code gave {recorded}, the model {ours}"
 
 
+class Outcome(NamedTuple):
+    """What the replay of one trace found. skipped: reason -> steps. mismatches: number of the step
+    -> (what was called, differences).
+    """
+
+    name: str
+    compared: int
+    skipped: Counter[str]
+    mismatches: dict[int, tuple[str, list[Difference]]]
+
+
 @dataclass
 class Report:
     """Totals over all traces. steps = compared + skipped; mismatched steps are among the compared
@@ -75,7 +94,7 @@ class Report:
         """Steps that were not compared."""
         return sum(self.skipped_by_reason.values())
 
-    def add(self, run: TraceRun | MmuTraceRun) -> None:
+    def add(self, run: Outcome) -> None:
         """Count one finished trace in."""
         self.traces += 1
         self.steps += run.compared + sum(run.skipped.values())
@@ -164,37 +183,51 @@ def _kind(trace: dict[str, Any]) -> type[TraceRun] | type[MmuTraceRun] | None:
     return next((run for keys, run in _KINDS.items() if all(key in trace for key in keys)), None)
 
 
-def replay(paths: Sequence[str], progress: Progress | None = None) -> Report:
+def replay(paths: Sequence[str], progress: Progress | None = None, jobs: int = 1) -> Report:
     """Replay every trace that `paths` name. progress: called with (traces done, traces in all).
+    jobs: processes that share the work; the report is the same for any number.
 
     Refuses files that are not traces, and steps that it does not understand: TraceError with file
     and place.
     """
     report = Report()
     files = find_traces(paths)
-    for done, path in enumerate(files):
-        if progress:
-            progress(done, len(files))
-        try:
-            run = _run(path)
-        except TraceError as error:
-            raise TraceError(
-                str(error) if str(path) in str(error) else f"{path}: {error}"
-            ) from None
-        report.add(run)
     if progress:
-        progress(len(files), len(files))
+        progress(0, len(files))
+    with _mapping(jobs) as outcomes_of:
+        for outcome in outcomes_of(replay_file, files):
+            report.add(outcome)
+            if progress:
+                progress(report.traces, len(files))
     return report
 
 
-def _run(path: Path) -> TraceRun | MmuTraceRun:
-    """Replay one trace."""
-    trace = load(path)
-    kind = _kind(trace)
-    assert kind is not None
-    run = kind(path.name.removesuffix(".gz").removesuffix(".json"))
-    run.replay(trace)
-    return run
+@contextmanager
+def _mapping(jobs: int) -> Iterator[Callable[..., Iterable[Outcome]]]:
+    """A `map` that runs in `jobs` processes; in this one if there is but one."""
+    if jobs == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield pool.map
+
+
+def replay_file(path: Path) -> Outcome:
+    """Replay the trace in `path`. Refuses what `replay` refuses."""
+    try:
+        trace = load(path)
+        kind = _kind(trace)
+        assert kind is not None
+        run = kind(path.name.removesuffix(".gz").removesuffix(".json"))
+        run.replay(trace)
+    except TraceError as error:
+        raise TraceError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    return Outcome(run.name, run.compared, run.skipped, run.mismatches)
+
+
+def _jobs(paths: Sequence[str]) -> int:
+    """Processes that are worth their start for so many traces."""
+    return max(1, min(os.cpu_count() or 1, len(find_traces(paths)) // _FILES_PER_JOB))
 
 
 def command(
@@ -208,7 +241,7 @@ def command(
     did, 2 for bad input.
     """
     try:
-        report = replay(paths, progress)
+        report = replay(paths, progress, _jobs(paths))
     except TraceError as error:
         print(f"tdxlab replay: {error}", file=err)
         return 2

@@ -107,6 +107,17 @@ def test_replay_tells_both_kinds_of_traces_apart() -> None:
     assert report.compared > 20
 
 
+def test_replay_in_two_processes_reports_the_same(tmp_path: Path) -> None:
+    trace, step = load("s4_race_tdx", is_op("fault"))
+    step["ret"] = "RET_PF_RETRY"
+    (tmp_path / "bad.json").write_text(json.dumps(trace))
+    paths = [str(tmp_path), str(TRACES / "s4_race_tdx.json.gz")]
+    assert replay(paths, jobs=2).as_dict() == replay(paths).as_dict()
+    (tmp_path / "worse.json").write_text("{}")
+    with pytest.raises(TraceError, match=r"worse\.json: not a trace: neither"):
+        replay(paths, jobs=2)
+
+
 # -- answers that differ
 
 
