@@ -1,9 +1,9 @@
 """The undo log under everything that can change.
 
-A machine's whole state lives in two kinds of store: `Words` (a row of machine words) and `Table` (a
-dict). Both write through `put`. While nobody holds a mark, `put` is the container's own
-`__setitem__` and costs nothing more. While somebody does, each `put` first notes the old value;
-`rewind` plays the notes backwards.
+A machine's whole state lives in three kinds of store: `Words` (a row of machine words), `Table` (a
+dict) and `Fields` (attributes of an object). All write through `put`. While nobody holds a mark,
+`put` is the container's own `__setitem__` and costs nothing more. While somebody does, each `put`
+first notes the old value; `rewind` plays the notes backwards.
 
     mark = journal.mark()
     ...                      # anything at all
@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar, overload
 
 _ABSENT = object()
 _CHUNK = 4096
@@ -30,6 +30,16 @@ _MAP_NORESERVE = 0x4000
 
 #: (container, key or slice, value): one entry of the log, or of what plays it forwards.
 Change = tuple[Any, Any, Any]
+
+
+class Store(Protocol):
+    """Something that a journal can take back."""
+
+    def switch(self, log: list[Change] | None) -> None:
+        """Record every change in `log`, or in nothing."""
+
+    def pieces(self) -> Iterator[bytes]:
+        """Everything a digest must see."""
 
 
 class Mark:
@@ -48,7 +58,7 @@ class Journal:
         self._log: list[tuple[Any, Any, Any]] = []
         self._marks: list[Mark] = []
         #: number -> store, in the order in which they came; a rewind forgets those that came later
-        self._stores: dict[int, Words | Table] = {}
+        self._stores: dict[int, Store] = {}
 
     @property
     def recording(self) -> bool:
@@ -59,7 +69,7 @@ class Journal:
         """Changes that a rewind to the oldest mark would take back."""
         return len(self._log)
 
-    def attach(self, store: Words | Table) -> None:
+    def attach(self, store: Store) -> None:
         """Put `store` under this journal."""
         number = len(self._stores)
         if self._marks:
@@ -125,7 +135,7 @@ class Journal:
         if any(held is mark for held in self._marks):
             self.release(mark)
 
-    def digest(self, without: Words | Table | None = None) -> str:
+    def digest(self, without: Store | None = None) -> str:
         """SHA-256 over the content of every store: equal digests, equal machines.
 
         without: a store that does not count.
@@ -316,23 +326,62 @@ class Table(dict[Any, Any]):
             yield line.encode()
 
 
-class HasFields(Protocol):
-    """An object whose `Field` attributes live in a `Table`."""
+class Fields:
+    """The values of an object's `Field` attributes, under a journal. They are kept in the object's
+    own `__dict__`, so that they read as fast as any attribute.
+    """
 
-    fields: Table
+    __slots__ = ("_log", "_values", "names", "put")
+
+    put: Callable[[str, Any], None]
+
+    def __init__(self, journal: Journal, owner: object) -> None:
+        self._values = vars(owner)
+        self.names = frozenset(
+            name
+            for kind in type(owner).__mro__
+            for name, field in vars(kind).items()
+            if isinstance(field, Field)
+        )
+        journal.attach(self)
+
+    def switch(self, log: list[tuple[Any, Any, Any]] | None) -> None:
+        """Record every change in `log`, or in nothing."""
+        self._log = log
+        self.put = self._values.__setitem__ if log is None else self._put_recorded
+
+    def _put_recorded(self, name: str, value: Any) -> None:
+        assert self._log is not None
+        self._log.append((self._values, name, self._values.get(name, _ABSENT)))
+        self._values[name] = value
+
+    def as_dict(self) -> dict[str, Any]:
+        """Name -> value of each field that was set."""
+        return {name: value for name, value in self._values.items() if name in self.names}
+
+    def pieces(self) -> Iterator[bytes]:
+        """Everything a digest must see."""
+        for name, value in sorted(self.as_dict().items()):
+            yield f"{name!r}={_text(value)}".encode()
+
+
+class HasFields(Protocol):
+    """An object whose `Field` attributes live under a journal."""
+
+    fields: Fields
 
 
 T = TypeVar("T")
 
 
 class Field(Generic[T]):
-    """An attribute that a journal can take back. Its owner keeps a `Table` named `fields`.
+    """An attribute that a journal can take back. Its owner keeps `Fields` by that name.
 
         class Counter:
             count = Field(0)
 
             def __init__(self, journal: Journal) -> None:
-                self.fields = Table(journal)
+                self.fields = Fields(journal, self)
 
     default: what it reads as before it is set. Values must be immutable: assign new ones.
     """
@@ -345,19 +394,32 @@ class Field(Generic[T]):
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
+        # There is no __set__, or Python would ask this object at each read: the class sets it.
+        owner.__setattr__ = _assign  # type: ignore[assignment]
 
     @overload
     def __get__(self, owner: None, kind: type) -> Self: ...
     @overload
     def __get__(self, owner: HasFields, kind: type) -> T: ...
     def __get__(self, owner: HasFields | None, kind: type) -> Self | T:
-        if owner is None:
-            return self
-        value: T = owner.fields.get(self.name, self.default)
-        return value
+        return self if owner is None else self.default
 
-    def __set__(self, owner: HasFields, value: T) -> None:
-        owner.fields.put(self.name, value)
+    if TYPE_CHECKING:
+
+        def __set__(self, owner: HasFields, value: T) -> None: ...
+
+
+def _assign(owner: Any, name: str, value: Any) -> None:
+    """`__setattr__` of every class with fields. Refuses a field that is set before there are
+    `Fields`: AttributeError.
+    """
+    fields = vars(owner).get("fields")
+    if fields is not None and name in fields.names:
+        fields.put(name, value)
+        return
+    if isinstance(getattr(type(owner), name, None), Field):
+        raise AttributeError(f"{name} is a Field; set self.fields = Fields(journal, self) first")
+    object.__setattr__(owner, name, value)
 
 
 def _now(target: Any, key: Any) -> Any:

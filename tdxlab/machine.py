@@ -20,7 +20,7 @@ from tdxlab.abi.leaves import HOST_LEAVES
 from tdxlab.arch import GPAW_CHOICES, PAGE_SIZE, SIZE_1G, shared_bit
 from tdxlab.bare import BareMachine
 from tdxlab.hardware import default_platform
-from tdxlab.journal import Field, Table
+from tdxlab.journal import Field, Fields
 from tdxlab.kvm.params import KVM_X86_DEFAULT_VM, MmuParams, VmConfig
 from tdxlab.kvm.tdx_module import tdx_bringup
 from tdxlab.sizes import format_size, parse_size
@@ -66,7 +66,7 @@ class Machine(BareMachine):
         platform = default_platform(tdmr_gib=size // SIZE_1G, lps=lps, packages=packages)
         super().__init__(platform, encrypted=encrypted)
         self.gpaw = gpaw
-        self.fields = Table(self.journal)
+        self.fields = Fields(self.journal, self)
         self.host = PlayingHost(self, params=params)
         failed = steps.run(self.host.on_cpu(0, tdx_bringup(self.host)))
         if failed:

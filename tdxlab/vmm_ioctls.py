@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tdxlab import steps
 from tdxlab.arch import PAGE_SIZE
 from tdxlab.guest import Guest
-from tdxlab.journal import Field, Journal, Table
+from tdxlab.journal import Field, Fields, Journal
 from tdxlab.kvm.attributes import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from tdxlab.kvm.gmem import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, GuestMemfds
 from tdxlab.kvm.memory_region import kvm_vm_ioctl_set_memory_region
@@ -32,6 +32,8 @@ from tdxlab.vmm_run import PlayingHost
 #: HVA at which the VMM maps the guest's shared memory: GPA 0 lies here.
 HVA_BASE = 0x7F00_0000_0000
 
+Progress = Callable[[int, int], None]
+
 
 @contextmanager
 def unchanged_on_failure(journal: Journal) -> Iterator[None]:
@@ -44,6 +46,30 @@ def unchanged_on_failure(journal: Journal) -> Iterator[None]:
         raise
     finally:
         journal.forget(mark)
+
+
+class Gauge(NamedTuple):
+    """How far an operation is, by its steps. labels: of the steps that do one page each. total:
+    pages at most. progress: told (done, in all).
+    """
+
+    labels: frozenset[str]
+    total: int
+    progress: Progress
+
+    def watch(self, operation: Operation) -> Operation:
+        """The operation itself; tells its progress on the way."""
+        done = 0
+        while True:
+            try:
+                step = next(operation)
+            except StopIteration as end:
+                self.progress(self.total, self.total)
+                return end.value
+            if step[0] in self.labels and done < self.total - 1:
+                done += 1
+                self.progress(done, self.total)
+            yield step
 
 
 class Backing(NamedTuple):
@@ -74,7 +100,6 @@ class Ioctls:
 
     backings: Field[tuple[Backing, ...]] = Field(())
     destroyed = Field(False)
-
     converts = Field(True)
 
     def __init__(self, host: PlayingHost, vm: Vm, guest: Guest, *, discards: bool = False) -> None:
@@ -82,7 +107,7 @@ class Ioctls:
         self.vm = vm
         self.guest = guest
         self.discards = discards
-        self.fields = Table(vm.journal)
+        self.fields = Fields(vm.journal, self)
         self.guest_memory = GuestMemfds(vm)
         self.user_memory = ProcessMemory(vm, host.pages)
         vm.guest_memory = self.guest_memory
@@ -111,15 +136,27 @@ class Ioctls:
         if self.vm.vm_dead:
             raise IoctlError(name, EIO, why_dead(self.vm))
 
-    def drive(self, name: str, operation: Operation, lp: int | None = None) -> Any:
+    def drive(
+        self,
+        name: str,
+        operation: Operation,
+        lp: int | None = None,
+        gauge: Gauge | None = None,
+    ) -> Any:
         """Run `operation` on `lp`, or an idle one. Refuses once the VM is dead or destroyed."""
         try:
             self.require_alive(name)
         except IoctlError:
             operation.close()
             raise
-        place = self.host.idle_lp() if lp is None else lp
-        return steps.run(self.host.on_cpu(place, operation))
+        return self.run_thread(operation, lp, gauge)
+
+    def run_thread(
+        self, operation: Operation, lp: int | None = None, gauge: Gauge | None = None
+    ) -> Any:
+        """Run `operation` as a thread on `lp`, or an idle one, to its end; returns its result."""
+        thread = self.host.on_cpu(self.host.idle_lp() if lp is None else lp, operation)
+        return steps.run(thread if gauge is None else gauge.watch(thread))
 
     def set_user_memory_region(
         self,

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tdxlab.journal import Field, Journal, Mark, Snapshots, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Mark, Snapshots, Table, Words
 
 
 class Stores:
@@ -207,16 +207,37 @@ class Counter:
     names: Field[tuple[str, ...]] = Field(())
 
     def __init__(self, journal: Journal) -> None:
-        self.fields = Table(journal)
+        self.fields = Fields(journal, self)
 
 
 def test_field_reads_as_its_default_until_it_is_set() -> None:
     counter = Counter(Journal())
     assert (counter.count, counter.names) == (3, ())
-    assert counter.fields == {}
+    assert counter.fields.as_dict() == {}
     counter.count += 1
     assert counter.count == 4
-    assert counter.fields == {"count": 4}
+    assert counter.fields.as_dict() == {"count": 4}
+
+
+def test_field_without_fields_is_refused() -> None:
+    class Hasty:
+        count = Field(0)
+
+        def __init__(self) -> None:
+            self.count = 1
+
+    with pytest.raises(AttributeError, match="count is a Field; set self"):
+        Hasty()
+
+
+def test_attribute_that_is_no_field_is_not_recorded() -> None:
+    journal = Journal()
+    counter = Counter(journal)
+    mark, digest = journal.mark(), journal.digest()
+    counter.note = "free"  # type: ignore[attr-defined]
+    assert journal.digest() == digest
+    journal.rewind(mark)
+    assert counter.note == "free"  # type: ignore[attr-defined]
 
 
 def test_fields_of_two_owners_are_apart() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
-from tdxlab.journal import Field, Journal, Table
+from tdxlab.journal import Field, Fields, Journal, Table
 
 #: The attribute, and its value in the ioctl. Source: include/uapi/linux/kvm.h.
 KVM_MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
@@ -29,7 +29,7 @@ class MemAttributes:
     _toggles: Field[tuple[int, ...]] = Field(())
 
     def __init__(self, journal: Journal) -> None:
-        self.fields = Table(journal)
+        self.fields = Fields(journal, self)
         #: number of a 2 MiB range -> bitmap of its private gfns, if it has both kinds
         self._mixed = Table(journal)
 

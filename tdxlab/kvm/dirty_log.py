@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tdxlab.bits import MASK64
-from tdxlab.journal import Field, Journal, Table
+from tdxlab.journal import Field, Fields, Journal, Table
 
 if TYPE_CHECKING:
     from tdxlab.kvm.slots import Slot
@@ -37,7 +37,7 @@ class DirtyLog:
     nr_memslots_dirty_logging = Field(0)
 
     def __init__(self, journal: Journal) -> None:
-        self.fields = Table(journal)
+        self.fields = Fields(journal, self)
         #: (as_id, slot id) of the bitmaps in which every bit was set when logging began -> None
         self._initially_set = Table(journal)
         #: (as_id, slot id, number of the word) -> 64 bits

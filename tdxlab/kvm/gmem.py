@@ -17,7 +17,7 @@ from errno import EBADF, EEXIST, EFAULT, EINTR, EINVAL, EIO, ENOMEM, EOPNOTSUPP
 from typing import NamedTuple
 
 from tdxlab.arch import PAGE_OFFSET_MASK, PAGE_SHIFT
-from tdxlab.journal import Field, Table
+from tdxlab.journal import Field, Fields, Table
 from tdxlab.kvm.invalidation import kvm_mmu_invalidate_begin, kvm_mmu_invalidate_end
 from tdxlab.kvm.locks import WRITE
 from tdxlab.kvm.notifier import handle_ranges, kvm_mmu_unmap_gfn_range
@@ -66,7 +66,7 @@ class GuestMemfds:
 
     def __init__(self, vm: Vm) -> None:
         self.vm = vm
-        self.fields = Table(vm.journal)
+        self.fields = Fields(vm.journal, self)
         self.page_refs = Table(vm.journal)
         #: file -> size in pages
         self._sizes = Table(vm.journal)

@@ -17,7 +17,7 @@ from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.cpu import Cpu
 from tdxlab.hardware import Platform, Region
-from tdxlab.journal import Field, Journal, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Table, Words
 from tdxlab.kvm.locks import Mutex
 from tdxlab.kvm.pages import HostPages
 from tdxlab.kvm.params import MmuParams
@@ -77,6 +77,15 @@ class TdExit(NamedTuple):
     registers: tuple[tuple[str, int], ...]
 
 
+class _Running:
+    """Where the thread that is being driven runs. lp: a number, 0 outside of any thread."""
+
+    __slots__ = ("lp",)
+
+    def __init__(self) -> None:
+        self.lp = 0
+
+
 class KvmHost:
     """The kernel of one machine, as far as all its VMs share it.
 
@@ -108,14 +117,14 @@ class KvmHost:
         self.memory = hardware.memory
         self.params = params or MmuParams()
         self.pages = pages or HostPages(self.journal, tdx_memory(hardware.platform))
-        self.fields = Table(self.journal)
+        self.fields = Fields(self.journal, self)
         self.hkids = Table(self.journal)
         self.exits = Table(self.journal)
         self.ipis = Table(self.journal)
         self.associated = Table(self.journal)
         self.tdx_lock = Mutex(self.journal, "tdx_lock")
         self.counters = Words(self.journal, len(HOST_COUNTERS))
-        self.current_lp = 0
+        self._running = _Running()
 
     # -- counting
 
@@ -144,17 +153,23 @@ class KvmHost:
 
     # -- threads and processors
 
+    @property
+    def current_lp(self) -> int:
+        """smp_processor_id() of the thread that runs."""
+        return self._running.lp
+
     def on_cpu(self, lp: int, operation: Operation) -> Operation:
         """Run `operation` as a thread on `lp`; yields and returns what it does."""
+        running = self._running
         try:
             while True:
-                caller, self.current_lp = self.current_lp, lp
+                caller, running.lp = running.lp, lp
                 try:
                     step = next(operation)
                 except StopIteration as end:
                     return end.value
                 finally:
-                    self.current_lp = caller
+                    running.lp = caller
                 yield step
         finally:
             operation.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from tdxlab.journal import Field, Journal, Table
+from tdxlab.journal import Field, Fields, Journal
 from tdxlab.steps import WAIT, Step
 
 READ = "read"
@@ -35,7 +35,7 @@ class MmuLock:
     waiting = Field(0)
 
     def __init__(self, journal: Journal) -> None:
-        self.fields = Table(journal)
+        self.fields = Fields(journal, self)
 
     @property
     def is_contended(self) -> bool:
@@ -102,7 +102,7 @@ class Mutex:
     held = Field(False)
 
     def __init__(self, journal: Journal, name: str, *, waits: bool = True) -> None:
-        self.fields = Table(journal)
+        self.fields = Fields(journal, self)
         self.name = name
         self._waits = waits
 
@@ -130,7 +130,7 @@ class Srcu:
     _readers: Field[tuple[int, int]] = Field((0, 0))
 
     def __init__(self, journal: Journal, name: str, *, waits: bool = True) -> None:
-        self.fields = Table(journal)
+        self.fields = Fields(journal, self)
         self.name = name
         self._waits = waits
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
 from tdxlab.bits import MASK64
 from tdxlab.hardware import Region
-from tdxlab.journal import Field, Journal, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Table, Words
 
 #: What `alloc_page` returns when there is no page, which is -ENOMEM for its caller.
 NO_PAGE = -1
@@ -50,7 +50,7 @@ class HostPages:
     regions: Field[tuple[Region, ...]] = Field(())
 
     def __init__(self, journal: Journal, regions: Sequence[Region]) -> None:
-        self.fields = Table(journal)
+        self.fields = Fields(journal, self)
         self.leaked = Table(journal)
         self.huge = Table(journal)
         self.regions = tuple(regions)

@@ -14,7 +14,7 @@ from collections.abc import Generator
 from errno import EBADF, EFAULT
 from typing import NamedTuple, Protocol
 
-from tdxlab.journal import Field, Journal, Table
+from tdxlab.journal import Field, Fields, Journal, Table
 from tdxlab.steps import Step
 
 # -- flags of KVM_SET_USER_MEMORY_REGION2, and the internal one
@@ -195,7 +195,7 @@ class MemSlots:
     mn_active_invalidate_count = Field(0)
 
     def __init__(self, journal: Journal, spaces: int = 1) -> None:
-        self.fields = Table(journal)
+        self.fields = Fields(journal, self)
         self.mixed = Table(journal)
         self.spaces = spaces
         self._sets = Table(journal)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tdxlab.journal import Field, Table
+from tdxlab.journal import Field, Fields
 from tdxlab.kvm import tdx_hooks
 from tdxlab.kvm.exits import KvmExit
 from tdxlab.kvm.external import Hook
@@ -58,7 +58,7 @@ class Tdx:
     def __init__(self, host: KvmHost, vm: Vm) -> None:
         self.host = host
         self.vm = vm
-        self.fields = Table(host.journal)
+        self.fields = Fields(host.journal, self)
 
     def __repr__(self) -> str:
         return f"TD of {self.vm!r}"

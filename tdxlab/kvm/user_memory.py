@@ -13,7 +13,7 @@ from collections.abc import Generator
 from typing import NamedTuple
 
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
-from tdxlab.journal import Field, Table
+from tdxlab.journal import Field, Fields, Table
 from tdxlab.kvm.notifier import (
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
@@ -51,7 +51,7 @@ class ProcessMemory:
 
     def __init__(self, vm: Vm, pages: HostPages) -> None:
         self.vm = vm
-        self.fields = Table(vm.journal)
+        self.fields = Fields(vm.journal, self)
         self._host = pages
         #: HVA of a page's first byte -> its HPA
         self._pages = Table(vm.journal)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tdxlab.arch import ENTRIES_PER_TABLE, PAGE_SHIFT
-from tdxlab.journal import Field, Journal, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Table, Words
 from tdxlab.kvm.attributes import MemAttributes
 from tdxlab.kvm.dirty_log import DirtyLog
 from tdxlab.kvm.external import ExternalOps
@@ -129,7 +129,7 @@ class Vcpu:
     def __init__(self, vm: Vm, vcpu_id: int) -> None:
         self.vm = vm
         self.vcpu_id = vcpu_id
-        self.fields = Table(vm.journal)
+        self.fields = Fields(vm.journal, self)
         self.root_role = tdp_root_role(vm.config.root_level, ad_bits=vm.params.ad_bits)
         self._stats = Words(vm.journal, len(VCPU_STATS))
 
@@ -208,7 +208,7 @@ class Vm:
         self.external = external
         self.name = name
         self.mmu_lock = mmu_lock or MmuLock(journal)
-        self.fields = Table(journal)
+        self.fields = Fields(journal, self)
         self.sps = Table(journal)
         self.root_count = Table(journal)
         #: tables that stand where an executable large page could: HPA -> number, ascending by age

@@ -81,7 +81,7 @@ def boot(**platform: int) -> KvmHost:
     machine: Any = host.hardware
     machine.calls.clear()
     machine.answers.clear()
-    host.current_lp = 0
+    assert host.current_lp == 0
     vars(host).pop("run_guest", None)
     return host
 

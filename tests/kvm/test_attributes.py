@@ -69,7 +69,7 @@ def test_store_comes_back_to_nothing_when_everything_is_shared_again():
 def test_store_keeps_a_terabyte_as_one_entry():
     attributes = MemAttributes(Journal())
     attributes.store(0, 1 << 28, private=True)
-    assert attributes.fields["_toggles"] == (0, 1 << 19)
+    assert attributes._toggles == (0, 1 << 19)
     assert attributes.range_has_attrs(0, 1 << 28, -1, PRIVATE)
     assert not attributes.is_private(1 << 28)
 
