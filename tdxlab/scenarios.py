@@ -6,7 +6,6 @@ A story is played onto a tape, so that it can be seen step by step, forwards and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TextIO
 
 from tdxlab.abi.outcome import IN_GUEST
 from tdxlab.abi.status import status_name
@@ -94,14 +93,3 @@ def answer(action: Action) -> str:
     if action.exited:
         return f"TD exit {action.status & 0xFFFF_FFFF}"
     return status_name(action.status).removeprefix("TDX_")
-
-
-def demo(out: TextIO, *, gpaw: int = 48) -> int:
-    """`tdxlab demo`: print a TD's life as a table of calls, and how many SEAMCALLs it took; returns
-    0.
-    """
-    tape = life_of_a_td(gpaw=gpaw)
-    print("\n".join(lines(tape.actions)), file=out)
-    calls = sum(action.kind == "SEAMCALL" for action in tape.actions)
-    print(f"\n{calls} SEAMCALLs from TDH.MNG.CREATE to the last reclaimed page", file=out)
-    return 0

@@ -7,18 +7,20 @@ Source: QEMU 10, accel/kvm/kvm-all.c and target/i386/kvm/tdx.c, for what a VMM d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 
-from tdxlab.arch import PAGE_SIZE
+from tdxlab.accesses import pages_of
+from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
 from tdxlab.guest import Access, Fetch, MapGpa, Program, Read, Write
 from tdxlab.kvm.exits import KvmExit
 from tdxlab.kvm.vm import Vcpu
 from tdxlab.sizes import parse_size
 from tdxlab.steps import Operation, Step
-from tdxlab.vmm_ioctls import Ioctls
+from tdxlab.vmm_ioctls import Gauge, Ioctls, Progress
 from tdxlab.vmm_run import RunResult, run_steps
 
-Progress = Callable[[int, int], None]
+#: Steps that convert one page each.
+_CONVERTING = frozenset(("TDH.MEM.PAGE.REMOVE", "TDH.MEM.PAGE.AUG"))
 
 
 class Gate(Ioctls):
@@ -40,10 +42,12 @@ class Gate(Ioctls):
         *,
         vcpu: int | Vcpu = 0,
         lp: int | None = None,
+        gauge: Gauge | None = None,
     ) -> RunResult:
         """KVM_RUN, again and again, until the program has ended or cannot go on.
 
-        vcpu: number, or the vCPU itself. lp: where it runs; None for LP number modulo LPs.
+        vcpu: number, or the vCPU itself. lp: where it runs; None for its number modulo the
+        number of LPs. gauge: tells how far it is.
         Refuses a vCPU of another VM, an LP that does not exist, a list with something that is no
         access: ValueError. What a generator raises comes out when the vCPU has left the guest.
         """
@@ -54,7 +58,8 @@ class Gate(Ioctls):
                 self.guest.require(access)
         lp = self.lp_for(found) if lp is None else lp
         self.host.hardware.cpu.require_lp(lp)
-        result: RunResult = self.drive("KVM_RUN", run_steps(self, found, program), lp)
+        operation = run_steps(self, found, program)
+        result: RunResult = self.drive("KVM_RUN", operation, lp, gauge)
         return result
 
     def run_steps(
@@ -82,6 +87,7 @@ class Gate(Ioctls):
         return (1 << 8 * size) - 1
 
     def own_vcpu(self, vcpu: int | Vcpu) -> Vcpu:
+        """The vCPU of this VM that is meant; one of another VM is refused: ValueError."""
         if isinstance(vcpu, int):
             return self.vcpu(vcpu)
         if vcpu.vm is not self.vm:
@@ -89,6 +95,7 @@ class Gate(Ioctls):
         return vcpu
 
     def lp_for(self, vcpu: Vcpu) -> int:
+        """The LP where a vCPU runs if nobody says otherwise."""
         return vcpu.vcpu_id % self.host.hardware.cpu.count
 
     # -- for people: what the guest does, by the addresses of its memory
@@ -126,26 +133,45 @@ class Gate(Ioctls):
         return self.run([Fetch(self.guest.alias(gpa))], vcpu=vcpu)
 
     def write(self, gpa: int, data: bytes, *, vcpu: int | Vcpu = 0) -> RunResult:
-        """The guest writes `data` at `gpa`, shared where it has converted the page."""
-        return self.run([Write(self.guest.alias(gpa), data)], vcpu=vcpu)
+        """The guest writes `data` at `gpa`, page by page, shared where it has converted a page."""
+        self.guest.require_gpa(gpa, len(data))
+        pieces = [
+            Write(self.guest.alias(start), data[start - gpa : start - gpa + length])
+            for start, length in pages_of(gpa, len(data))
+        ]
+        return self.run(pieces, vcpu=vcpu)
 
     def read(self, gpa: int, size: int, *, vcpu: int | Vcpu = 0) -> RunResult:
-        """The guest reads; the result's `value` are the bytes."""
-        return self.run([Read(self.guest.alias(gpa), size)], vcpu=vcpu)
+        """The guest reads, as `write`; the result's `value` are the bytes that it got."""
+        self.guest.require_gpa(gpa, size)
+        pieces = [Read(self.guest.alias(start), length) for start, length in pages_of(gpa, size)]
+        result = self.run(pieces, vcpu=vcpu)
+        return result._replace(answers=(b"".join(result.answers),) if result.answers else ())
 
-    def convert(self, gpa: int, size: int | str, *, to: str, vcpu: int | Vcpu = 0) -> RunResult:
+    def convert(
+        self,
+        gpa: int,
+        size: int | str,
+        *,
+        to: str,
+        vcpu: int | Vcpu = 0,
+        progress: Progress | None = None,
+    ) -> RunResult:
         """The guest has these bytes converted: to="shared" or to="private".
 
         It asks with MapGPA, the VMM sets the attributes, the guest accepts what became private.
+        progress: told (pages done, in all).
         Refuses another word, GPAs that are not whole pages, that have the SHARED bit, or that have
         no memory: ValueError.
         """
         size = parse_size(size)
         self.require_convertible(gpa, size, to)
         asked = gpa | (self.guest.shared_mask if to == "shared" else 0)
-        return self.run([MapGpa(asked, size)], vcpu=vcpu)
+        gauge = Gauge(_CONVERTING, size >> PAGE_SHIFT, progress) if progress else None
+        return self.run([MapGpa(asked, size)], vcpu=vcpu, gauge=gauge)
 
     def require_convertible(self, gpa: int, size: int, to: str) -> None:
+        """Refuse, with a ValueError, what `convert` refuses."""
         if to not in ("shared", "private"):
             raise ValueError(f"memory cannot become {to!r}; choose 'shared' or 'private'")
         if gpa & self.guest.shared_mask:

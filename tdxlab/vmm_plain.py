@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from errno import EBADF
 
-from tdxlab import steps
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.arch import EPT_EXECUTE, EPT_READ, EPT_WRITE
@@ -31,6 +30,7 @@ from tdxlab.sizes import parse_size
 from tdxlab.steps import Operation, Step
 from tdxlab.vmm import Gate
 from tdxlab.vmm_errors import IoctlError
+from tdxlab.vmm_ioctls import Progress
 from tdxlab.vmm_run import DONE, PlayingHost, RunResult
 
 
@@ -133,7 +133,15 @@ class PlainVm(Gate):
         assert isinstance(vcpu, VmxVcpu)
         return vmx_vcpu_ioctl_run(vcpu)
 
-    def convert(self, gpa: int, size: int | str, *, to: str, vcpu: int | Vcpu = 0) -> RunResult:
+    def convert(
+        self,
+        gpa: int,
+        size: int | str,
+        *,
+        to: str,
+        vcpu: int | Vcpu = 0,
+        progress: Progress | None = None,
+    ) -> RunResult:
         """The VMM converts the memory itself: this guest has no SHARED bit to ask with.
 
         Refuses as `Gate.convert`, and a VM without private memory: IoctlError.
@@ -155,7 +163,7 @@ class PlainVm(Gate):
         """
         if self.destroyed:
             raise IoctlError("close", EBADF, f"{self.vm.name} was destroyed already")
-        steps.run(self.host.on_cpu(self.host.idle_lp(), self.destroy_steps()))
+        self.run_thread(self.destroy_steps())
 
     def destroy_steps(self) -> Operation:
         """As `destroy`: the process ends, its files are closed, the VM goes."""

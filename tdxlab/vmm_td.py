@@ -5,10 +5,9 @@ Source: QEMU 10, target/i386/kvm/tdx.c; Linux 6.16, Documentation/virt/kvm/x86/i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from errno import EBADF, EBUSY, EEXIST, EINVAL, EIO, ENOMEM, ENOSPC
 
-from tdxlab import steps
 from tdxlab.arch import GPAW_CHOICES, PAGE_SHIFT, PAGE_SIZE
 from tdxlab.guest import Guest
 from tdxlab.kvm.exits import KvmExit
@@ -26,8 +25,9 @@ from tdxlab.kvm.tdx_teardown import kvm_destroy_vm
 from tdxlab.kvm.tdx_vcpu import tdx_vcpu_create, tdx_vcpu_init
 from tdxlab.kvm.vm import OUTSIDE_GUEST_MODE, Vcpu, Vm
 from tdxlab.steps import Operation, Step
-from tdxlab.vmm import Gate, Progress
+from tdxlab.vmm import Gate
 from tdxlab.vmm_errors import IoctlError
+from tdxlab.vmm_ioctls import Gauge, Progress
 from tdxlab.vmm_run import PlayingHost
 
 #: HVA of the buffer from which initial pages are copied.
@@ -35,6 +35,9 @@ SOURCE_HVA = 0x7E00_0000_0000
 
 #: TD attribute: a page that is not accepted is no #VE for the guest but an exit.
 SEPT_VE_DISABLE = 1 << 28
+
+#: Steps that give one page each back.
+_GIVING_BACK = frozenset(("TDH.MEM.PAGE.REMOVE", "TDH.PHYMEM.PAGE.RECLAIM"))
 
 _WHY_INIT = {
     EINVAL: "the TD is initialised already, or its attributes are not supported",
@@ -132,7 +135,7 @@ class Td(Gate):
             region = MemRegion(SOURCE_HVA, gpa, size >> PAGE_SHIFT)
             self._build("KVM_TDX_INIT_MEM_REGION", self._add(region, measure), _WHY_REGION, 0)
         finally:
-            steps.run(self.host.on_cpu(0, self.user_memory.munmap(SOURCE_HVA, size)))
+            self.run_thread(self.user_memory.munmap(SOURCE_HVA, size))
 
     def _add(self, region: MemRegion, measure: bool) -> Operation:
         flags = KVM_TDX_MEASURE_MEMORY_REGION if measure else 0
@@ -173,9 +176,11 @@ class Td(Gate):
         for vcpu in self.vm.vcpus:
             if vcpu.mode != OUTSIDE_GUEST_MODE:
                 raise ValueError(f"{vcpu!r} is in the guest; let it exit before you destroy it")
-        operation = self.host.on_cpu(self.host.idle_lp(), self.destroy_steps())
-        total = sum(1 for _ in self._private_pages()) + len(self.vm.sps)
-        _drive_with_progress(operation, progress, total)
+        gauge = None
+        if progress is not None:
+            total = len(self._private_pages()) + len(self.vm.sps)
+            gauge = Gauge(_GIVING_BACK, total, progress)
+        self.run_thread(self.destroy_steps(), gauge=gauge)
 
     def _private_pages(self) -> list[int]:
         pages = []
@@ -190,21 +195,3 @@ class Td(Gate):
         yield from self.close_files_steps()
         yield from kvm_destroy_vm(self.tdx)
         self.host.remove_vm(self.vm)
-
-
-_UNITS_OF_DESTRUCTION = ("TDH.MEM.PAGE.REMOVE", "TDH.PHYMEM.PAGE.RECLAIM")
-
-
-def _drive_with_progress(
-    operation: Operation, progress: Callable[[int, int], None] | None, total: int
-) -> None:
-    """Drive `operation` to its end; count the steps that give a page back."""
-    done = 0
-    step: Step
-    for step in operation:
-        if step[0] == steps.WAIT:
-            operation.close()
-            raise steps.Deadlock(step)
-        if progress is not None and step[0] in _UNITS_OF_DESTRUCTION:
-            done = min(done + 1, total)
-            progress(done, total)
