@@ -8,6 +8,7 @@ from typing import Any
 from tdxlab.arch import ENTRIES_PER_TABLE, HPA_MASK, LEVEL_BITS
 from tdxlab.kvm.role import INVALID
 from tdxlab.kvm.spte import SHADOW_NONPRESENT_VALUE
+from tdxlab.kvm.tdp_set import kvm_mmu_page_as_id
 from tdxlab.kvm.vm import MmuPage, Vm
 from tdxlab.mmu_conformance.record import Row, split_spte, stride
 from tdxlab.mmu_conformance.rig import root_kind
@@ -29,7 +30,7 @@ def _root(vm: Vm, root: MmuPage) -> dict[str, Any]:
         "level": root.level,
         "invalid": int(bool(root.role & INVALID)),
         "refcount": vm.root_count[root.spt],
-        "as_id": 0,
+        "as_id": kvm_mmu_page_as_id(root),
         "sptes": tuple(_rows(vm, root_kind(root), root.spt, root.level, 0, tables)),
         "pt_pages": tables,
     }
