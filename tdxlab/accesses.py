@@ -51,7 +51,11 @@ class MapGpa(NamedTuple):
 
 
 class Hlt(NamedTuple):
-    """Wait for an interrupt."""
+    """Wait for an interrupt. timer: the guest's own timer gives it at once; False: only the VMM can
+    (`Td.interrupt`, from another thread).
+    """
+
+    timer: bool = True
 
 
 Access = Read | Write | Fetch | Accept | MapGpa | Hlt

@@ -184,7 +184,7 @@ class GuestCpu:
     """One vCPU of a guest as its software sees it. lp: where it is inside at present.
 
     answers: to the accesses of its program. emulated: bytes that the host's emulator read for the
-    instruction that the vCPU left at.
+    instruction that the vCPU left at. timer_set: a timer will soon interrupt it.
     """
 
     def __init__(self, guest: Guest) -> None:
@@ -192,6 +192,7 @@ class GuestCpu:
         self.lp = -1
         self.emulated: bytes | None = None
         self.answers: list[Any] = []
+        self.timer_set = False
 
     def execute(self, program: Program) -> Motion:
         """Run `program`; `answers` has what came of its accesses, in order."""
@@ -214,7 +215,7 @@ class GuestCpu:
             return (yield from self._accept(access.gpa, access.sept_level))
         if isinstance(access, MapGpa):
             return (yield from self._map_gpa(access.gpa, access.size))
-        return (yield from self._hlt())
+        return (yield from self._hlt(access.timer))
 
     # -- memory
 
@@ -355,9 +356,13 @@ class GuestCpu:
                 raise GuestPanic(f"page {gpa:#x} cannot be accepted: status {status:#x}")
             gpa += PAGE_SIZE
 
-    def _hlt(self) -> Motion:
-        """Idle. A TD's kernel asks the host instead of waiting for the #VE."""
+    def _hlt(self, timer: bool) -> Motion:
+        """Idle. A TD's kernel asks the host instead of waiting for the #VE.
+
+        Source: tdx.c, tdx_halt.
+        """
         if self.guest.gpaw:
+            self.timer_set = timer
             yield from self._vmcall(TDVMCALL_HLT)
 
     def _exception(self, gpa: int, size: int, data: bytes | None) -> Motion:

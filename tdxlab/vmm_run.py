@@ -29,6 +29,7 @@ from tdxlab.kvm.exits import (
 from tdxlab.kvm.fault import KVM_MEMORY_EXIT_FLAG_PRIVATE
 from tdxlab.kvm.host import KvmHost
 from tdxlab.kvm.params import MmuParams
+from tdxlab.kvm.tdx import TdxVcpu
 from tdxlab.kvm.vm import Vcpu, Vm
 from tdxlab.kvm.vmx import VmxVcpu
 from tdxlab.steps import Operation, Step
@@ -100,9 +101,16 @@ class Player:
                 self.vcpu.signal_pending = True
                 host.deliver_exit(lp, self.guest.door.interrupt(lp))
             elif isinstance(event, GuestOutcome):
+                self._let_timer_fire()
                 host.deliver_exit(lp, event)
             else:
                 yield event
+
+    def _let_timer_fire(self) -> None:
+        """The guest's timer runs out as soon as it has left to wait for it."""
+        if self.cpu.timer_set and isinstance(self.vcpu, TdxVcpu):
+            self.cpu.timer_set = False
+            self.vcpu.pending_events |= {"interrupt"}
 
     def _advance(self) -> GuestOutcome | Step | None:
         """The next thing that the guest does; None when the program has ended."""

@@ -162,6 +162,16 @@ class Td(Gate):
         assert isinstance(vcpu, TdxVcpu)
         return kvm_vcpu_ioctl_run(vcpu)
 
+    def interrupt(self, vcpu: int | Vcpu = 0) -> None:
+        """Inject an interrupt: a vCPU that waits for one goes on, one in the guest leaves it.
+
+        Refuses a vCPU of another TD: ValueError.
+        """
+        found = self.own_vcpu(vcpu)
+        assert isinstance(found, TdxVcpu)
+        found.pending_events |= {"interrupt"}
+        self.host.interrupt_vcpu(found)
+
     # -- the end
 
     def destroy(self, *, progress: Progress | None = None) -> None:

@@ -60,8 +60,8 @@ def test_a_program_is_sent_what_came_of_each_access(td: Td) -> None:
 
 
 def test_a_list_of_accesses_is_a_program_too(td: Td) -> None:
-    result = td.run([Write(8, b"x"), Fetch(8), Read(8, 1), Hlt()][:3])
-    assert result == (DONE, (None, None, b"x"), (), 0, "")
+    result = td.run([Write(8, b"x"), Fetch(8), Hlt(), Read(8, 1)])
+    assert result == (DONE, (None, None, None, b"x"), (), 0, "")
     assert result.value == b"x"
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tdxlab import steps
 from tdxlab.arch import PAGE_SIZE, SIZE_1G, SIZE_2M
-from tdxlab.guest import Access, MapGpa, Read, Write
+from tdxlab.guest import Access, Hlt, MapGpa, Read, Write
 from tdxlab.invariants import check
 from tdxlab.kvm.exits import FailEntry, InternalError, MemoryFaultExit
 from tdxlab.kvm.params import KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM
@@ -212,6 +212,22 @@ def test_a_vm_whose_memory_is_unmapped_beside_it_faults_it_back(vm_type: int, se
         result = schedule.results[number]
         assert result.ok or not private
     check(machine, "quiet")
+
+
+def test_a_guest_that_idles_is_woken_by_its_timer(td: Td) -> None:
+    result = td.run([Hlt(), Write(0, b"x"), Hlt(), Read(0, 1)])
+    assert result.answers == (None, None, None, b"x")
+
+
+def test_a_guest_that_idles_without_a_timer_waits_for_the_vmm(td: Td) -> None:
+    schedule = steps.Schedule([td.run_steps([Hlt(timer=False), Read(0, 1)])])
+    for _ in range(60):
+        schedule.advance(0)
+    assert schedule.labels[0] == (steps.WAIT, "an event", 0)
+    td.interrupt(0)
+    while schedule.ready:
+        schedule.advance(0)
+    assert schedule.results[0].answers == (None, bytes(1))
 
 
 def test_running_a_vcpu_twice_at_once_is_refused(td: Td) -> None:
