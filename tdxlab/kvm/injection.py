@@ -1,4 +1,4 @@
-"""Failures on purpose: the n-th call of a leaf gets a status of our choice, and is not made.
+"""Between KVM and the machine: look at SEAMCALLs, or let some of them fail on purpose.
 
     with FailNth(host, leaf, n=3, status=busy) as injection:
         steps.run(operation)
@@ -14,6 +14,7 @@ Source: none; Linux has fault injection for its own functions (lib/fault-inject.
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Self
 
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
@@ -22,15 +23,64 @@ from tdxlab.kvm.host import Hardware, KvmHost
 from tdxlab.steps import Operation
 
 #: A SEAMCALL's RAX has the leaf in its low half word, and the leaf's version above it.
-_LEAF_MASK = 0xFFFF
+LEAF_MASK = 0xFFFF
 
 
-class FailNth:
+class Between:
+    """Hardware that passes everything on to the one behind it. Subclasses change something.
+
+    host: whose calls go through it. behind: what it stands in front of.
+    """
+
+    def __init__(self, host: KvmHost) -> None:
+        self.host = host
+        self.journal = host.journal
+        self.fields = Fields(host.journal, self)
+        self._put_in_front_of(host.hardware)
+
+    def _put_in_front_of(self, hardware: Hardware) -> None:
+        self.behind = hardware
+        self.memory, self.cpu = hardware.memory, hardware.cpu
+        self.platform = hardware.platform
+
+    def __enter__(self) -> Self:
+        self._put_in_front_of(self.host.hardware)
+        self.host.hardware = self
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.host.hardware = self.behind
+
+    # -- Hardware
+
+    def seamcall_steps(self, lp: int, rax: int, registers: Registers) -> Operation:
+        """As the hardware behind."""
+        return self.behind.seamcall_steps(lp, rax, registers)
+
+    def store(self, hpa: int, data: bytes) -> None:
+        """As the hardware behind."""
+        self.behind.store(hpa, data)
+
+    def clear(self, hpa: int) -> None:
+        """As the hardware behind."""
+        self.behind.clear(hpa)
+
+    def kick(self, lp: int) -> GuestOutcome:
+        """As the hardware behind."""
+        return self.behind.kick(lp)
+
+
+class FailNth(Between):
     """Hardware whose module refuses some calls of one leaf.
 
-    host: whose calls. leaf: number. n: the first call of the leaf that fails, from 1, counted since
-    this was made. status: u64 in RAX; 0 makes KVM believe that a call was done that was not.
-    count: how many calls in a row fail; None for all from the n-th on.
+    leaf: number. n: the first call of the leaf that fails, from 1, counted since this was made.
+    status: u64 in RAX; 0 makes KVM believe that a call was done that was not. count: how many calls
+    in a row fail; None for all from the n-th on.
     calls: of the leaf so far, the failed ones among them.
     Refuses n or count below 1, and a status that is no u64: ValueError. The counter is journalled:
     a rewind takes it back.
@@ -48,10 +98,8 @@ class FailNth:
             raise ValueError(f"{count} calls; choose 1 or more, or None for all from call {n} on")
         if not 0 <= status < 1 << 64:
             raise ValueError(f"status {status:#x} does not fit RAX; choose 0 to {(1 << 64) - 1:#x}")
-        self.host, self.leaf, self.n, self.status, self.count = host, leaf, n, status, count
-        self.journal = host.journal
-        self.fields = Fields(host.journal, self)
-        self.behind: Hardware = host.hardware
+        super().__init__(host)
+        self.leaf, self.n, self.status, self.count = leaf, n, status, count
 
     @property
     def answered(self) -> int:
@@ -59,40 +107,11 @@ class FailNth:
         failed = max(0, self.calls - self.n + 1)
         return failed if self.count is None else min(failed, self.count)
 
-    def __enter__(self) -> FailNth:
-        self.behind = self.host.hardware
-        self.memory, self.cpu = self.behind.memory, self.behind.cpu
-        self.platform = self.behind.platform
-        self.host.hardware = self
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.host.hardware = self.behind
-
-    # -- Hardware
-
     def seamcall_steps(self, lp: int, rax: int, registers: Registers) -> Operation:
-        """As the machine's, unless the call is one that shall fail."""
-        if rax & _LEAF_MASK == self.leaf:
+        """As the hardware behind, unless the call is one that shall fail."""
+        if rax & LEAF_MASK == self.leaf:
+            before = self.answered
             self.calls += 1
-            last = None if self.count is None else self.n + self.count
-            if self.calls >= self.n and (last is None or self.calls < last):
+            if self.answered > before:
                 return self.status
         return (yield from self.behind.seamcall_steps(lp, rax, registers))
-
-    def store(self, hpa: int, data: bytes) -> None:
-        """As the machine's."""
-        self.behind.store(hpa, data)
-
-    def clear(self, hpa: int) -> None:
-        """As the machine's."""
-        self.behind.clear(hpa)
-
-    def kick(self, lp: int) -> GuestOutcome:
-        """As the machine's."""
-        return self.behind.kick(lp)
