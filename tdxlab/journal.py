@@ -413,11 +413,14 @@ def _assign(owner: Any, name: str, value: Any) -> None:
     """`__setattr__` of every class with fields. Refuses a field that is set before there are
     `Fields`: AttributeError.
     """
-    fields = vars(owner).get("fields")
-    if fields is not None and name in fields.names:
-        fields.put(name, value)
-        return
-    if isinstance(getattr(type(owner), name, None), Field):
+    try:
+        fields = owner.fields
+        if name in fields.names:
+            fields.put(name, value)
+            return
+    except AttributeError:
+        pass
+    if "fields" not in vars(owner) and isinstance(getattr(type(owner), name, None), Field):
         raise AttributeError(f"{name} is a Field; set self.fields = Fields(journal, self) first")
     object.__setattr__(owner, name, value)
 

@@ -27,6 +27,7 @@ counts. Addresses without RAM read as zeros and swallow what is written.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 
 from tdxlab.arch import (
@@ -98,6 +99,8 @@ class Memory:
         cipher: Cipher = scramble,
     ) -> None:
         self.ram = tuple(ram)
+        #: ends of the ranges of RAM, ascending: from an even place up to the next one it is RAM
+        self._bounds = tuple(end for r in sorted(self.ram) for end in (r.base, r.end))
         self.keyid_shift = MAX_PA_BITS - keyid_bits
         self.pa_mask = (1 << self.keyid_shift) - 1
         #: address bits of a page, without KeyID
@@ -129,7 +132,8 @@ class Memory:
 
     def is_ram(self, hpa: int, size: int = 1) -> bool:
         """True if all `size` bytes at `hpa` are RAM."""
-        return any(region.base <= hpa and hpa + size <= region.end for region in self.ram)
+        place = bisect_right(self._bounds, hpa)
+        return place & 1 == 1 and hpa + size <= self._bounds[place]
 
     def require_ram(self, hpa: int, size: int) -> None:
         """Refuse, with a ValueError, bytes that are not RAM."""

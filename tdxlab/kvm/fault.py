@@ -43,7 +43,7 @@ from tdxlab.kvm.page_fault import (
 from tdxlab.kvm.params import KVM_X86_SW_PROTECTED_VM
 from tdxlab.kvm.role import INVALID
 from tdxlab.kvm.roots import kvm_mmu_reload
-from tdxlab.kvm.slots import KVM_MEM_READONLY, KVM_MEMSLOT_INVALID, Slot
+from tdxlab.kvm.slots import KVM_MEM_GUEST_MEMFD, KVM_MEM_READONLY, KVM_MEMSLOT_INVALID, Slot
 from tdxlab.kvm.tdp_mmu import kvm_tdp_mmu_map
 from tdxlab.kvm.vm import INVALID_PAGE, MemoryFault, Vcpu, pages_per_level
 from tdxlab.steps import Step
@@ -97,8 +97,9 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> Doing:
 
 
 def _count_outcome(vcpu: Vcpu, ret: int) -> int:
-    if ret in _STATS:
-        vcpu.count(_STATS[ret])
+    name = _STATS.get(ret)
+    if name is not None:
+        vcpu.count(name)
     return ret
 
 
@@ -111,7 +112,8 @@ def kvm_mmu_do_page_fault(
     """
     vm = vcpu.vm
     fault = PageFault.from_error_code(gpa, error_code, prefetch=prefetch)
-    fault.nx_huge_page_workaround_enabled = vm.params.nx_huge_pages
+    if vm.params.nx_huge_pages:
+        fault.nx_huge_page_workaround_enabled = True
     fault.gfn = gfn = gpa >> PAGE_SHIFT & ~vm.gfn_direct_bits
     fault.slot = vm.slots.find(gfn)
     ret = yield from kvm_tdp_mmu_page_fault(vcpu, fault)
@@ -221,7 +223,7 @@ def kvm_mmu_faultin_pfn_private(vcpu: Vcpu, fault: PageFault, slot: Slot) -> int
     guest_memfd pages are 4 KiB, as in Linux 6.16, so the vendor is not asked for its level.
     """
     vm = vcpu.vm
-    if not slot.can_be_private:
+    if not slot.flags & KVM_MEM_GUEST_MEMFD:
         kvm_mmu_prepare_memory_fault_exit(vcpu, fault)
         return -EFAULT
     pfn = vm.guest_memory.get_pfn(slot.gmem, slot.gfn_to_gmem_index(fault.gfn))

@@ -155,13 +155,13 @@ class GuestMemfds:
         -EFAULT: the file is released; -EIO: no slot is bound there; -ENOMEM; -EHWPOISON.
         Source: kvm_gmem_get_pfn, kvm_gmem_prepare_folio.
         """
-        found = self._get_folio(gmem, index)
+        found = self._get_folio(gmem, index, prepared=True)
         if isinstance(found, int):
             return found
-        pfn, prepared, _ = found
-        if not prepared:
+        pfn = found.pfn
+        if not found.prepared:
             self.vm.memory.write_page(pfn << PAGE_SHIFT, ZERO_PAGE, 0)
-            self._folios.put((gmem, index), Folio(pfn, True))
+            self._mark_prepared(gmem, index)
         return pfn
 
     def get_page(self, pfn: int) -> None:
@@ -322,8 +322,9 @@ class GuestMemfds:
 
     # -- folios
 
-    def _get_folio(self, gmem: int, index: int) -> Folio | int:
-        """The page, allocated if it is new; -errno if a slot may not have it.
+    def _get_folio(self, gmem: int, index: int, *, prepared: bool = False) -> Folio | int:
+        """The page, allocated (and zeroed if it is to be `prepared`) if it is new; -errno if a slot
+        may not have it.
 
         Source: __kvm_gmem_get_pfn, kvm_gmem_get_folio.
         """
@@ -332,7 +333,9 @@ class GuestMemfds:
         if not self._is_bound(gmem, index):
             self.vm.warn(f"__kvm_gmem_get_pfn: no slot is bound to page {index} of file {gmem}")
             return -EIO
-        found: Folio | None = self._folios.get((gmem, index)) or self._add_folio(gmem, index)
+        found: Folio | None = self._folios.get((gmem, index)) or self._add_folio(
+            gmem, index, prepared=prepared
+        )
         if found is None:
             return -ENOMEM
         return -EHWPOISON if found.poisoned else found
@@ -344,11 +347,13 @@ class GuestMemfds:
             bound |= 0 <= index - slot.gmem_pgoff < slot.npages
         return bound
 
-    def _add_folio(self, gmem: int, index: int) -> Folio | None:
+    def _add_folio(self, gmem: int, index: int, *, prepared: bool = False) -> Folio | None:
         hpa = self.vm.pages.alloc_page("guest_memfd")
         if hpa == NO_PAGE:
             return None
-        folio = Folio(hpa >> PAGE_SHIFT)
+        if prepared:
+            self.vm.memory.write_page(hpa, ZERO_PAGE, 0)
+        folio = Folio(hpa >> PAGE_SHIFT, prepared)
         self._folios.put((gmem, index), folio)
         return folio
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from tdxlab.journal import Field, Fields, Journal
+from tdxlab.journal import Field, Fields, Journal, Words
 from tdxlab.steps import WAIT, Step
 
 READ = "read"
 WRITE = "write"
+
+#: What is yielded before mmu_lock is tried.
+_LABELS: dict[str, Step] = {mode: (f"{mode}_lock(mmu_lock)",) for mode in (READ, WRITE)}
 
 Locking = Generator[Step, None, None]
 
@@ -30,12 +33,21 @@ class MmuLock:
 
     #: False for a lock that makes nobody wait.
     waits = True
-    readers = Field(0)
-    written = Field(False)
     waiting = Field(0)
 
     def __init__(self, journal: Journal) -> None:
         self.fields = Fields(journal, self)
+        self._holders = Words(journal, 2)  # readers; 1 if written
+
+    @property
+    def readers(self) -> int:
+        """How many hold it shared."""
+        return self._holders.view[0]
+
+    @property
+    def written(self) -> bool:
+        """Somebody holds it exclusively."""
+        return self._holders.view[1] == 1
 
     @property
     def is_contended(self) -> bool:
@@ -44,11 +56,12 @@ class MmuLock:
 
     def held(self, mode: str) -> bool:
         """True if somebody holds it in `mode`; exclusively counts as shared too."""
-        return self.written or (mode == READ and self.readers > 0)
+        readers, written = self._holders.view
+        return written == 1 or (mode == READ and readers > 0)
 
     def lock(self, mode: str) -> Locking:
         """Take it. mode: READ or WRITE. Yields once before it tries, then while it cannot."""
-        yield (f"{mode}_lock(mmu_lock)",)
+        yield _LABELS[mode]
         if not self._try(mode):
             self.waiting += 1
             try:
@@ -59,18 +72,21 @@ class MmuLock:
 
     def unlock(self, mode: str) -> None:
         """Let go of it."""
+        holders = self._holders
         if mode == READ:
-            self.readers -= 1
+            holders.cells[0] = holders.view[0] - 1
         else:
-            self.written = False
+            holders.cells[1] = 0
 
     def _try(self, mode: str) -> bool:
-        if self.written or (mode == WRITE and self.readers):
+        holders = self._holders
+        readers, written = holders.view
+        if written or (mode == WRITE and readers):
             return False
         if mode == READ:
-            self.readers += 1
+            holders.cells[0] = readers + 1
         else:
-            self.written = True
+            holders.cells[1] = 1
         return True
 
 
@@ -86,7 +102,7 @@ class NoLock(MmuLock):
 
     def lock(self, mode: str) -> Locking:
         """Yield where a lock would be taken, and go on."""
-        yield (f"{mode}_lock(mmu_lock)",)
+        yield _LABELS[mode]
 
     def unlock(self, mode: str) -> None:
         """Nothing to let go of."""

@@ -80,8 +80,9 @@ class TdpIter:
     def __repr__(self) -> str:
         return f"gfn {self.gfn:#x} at level {self.level}: {self.old_spte:#x}"
 
-    def walk(self, end: int) -> Iterator[TdpIter]:
-        """Go on to each entry in turn and give this iterator, while its gfn is below `end`.
+    def walk(self, end: int, *, links: bool = True) -> Iterator[TdpIter]:
+        """Go on to each entry in turn and give this iterator, while its gfn is below `end`. links:
+        stop at entries that only link a table, too.
 
         Source: tdp_iter.c, tdp_iter_next and what it tries: down, then sideways, then up.
         """
@@ -104,11 +105,13 @@ class TdpIter:
                 self.old_spte = view[word]
                 if gfn >= end:
                     return
-                yield self
-                if self.yielded:
-                    restart = True
-                    break
-                spte = view[word]
+                spte = self.old_spte
+                if links or level == lowest or spte & _LINK_BITS != SPTE_MMU_PRESENT_MASK:
+                    yield self
+                    if self.yielded:
+                        restart = True
+                        break
+                    spte = view[word]
                 if level != lowest and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
                     level -= 1
                     shift -= LEVEL_BITS
@@ -153,10 +156,14 @@ def for_each_tdp_pte_min_level(
     return TdpIter(vm, root, min_level, start, gfn_root_bits(vm, root)).walk(end)
 
 
-def for_each_tdp_pte(vm: Vm, root: MmuPage, start: int, end: int) -> Iterator[TdpIter]:
-    """Visit the entries of `root`, at all levels, that cover gfns from start to end - 1."""
+def for_each_tdp_pte(
+    vm: Vm, root: MmuPage, start: int, end: int, *, links: bool = True
+) -> Iterator[TdpIter]:
+    """Visit the entries of `root`, at all levels, that cover gfns from start to end - 1. links:
+    those too that only link a table.
+    """
     gfn_bits = 0 if root.role & IS_MIRROR else vm.gfn_direct_bits
-    return TdpIter(vm, root, 1, start, gfn_bits).walk(end)
+    return TdpIter(vm, root, 1, start, gfn_bits).walk(end, links=links)
 
 
 def for_each_tdp_pte_min_level_all(vm: Vm, root: MmuPage, min_level: int) -> Iterator[TdpIter]:

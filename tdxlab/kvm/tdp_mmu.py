@@ -23,9 +23,11 @@ from tdxlab.kvm.page_fault import (
 from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.role import ACC_ALL, LEVEL_MASK, child_role
 from tdxlab.kvm.roots import tdp_mmu_get_root_for_fault
+from tdxlab.kvm.slots import KVM_MEM_LOG_DIRTY_PAGES
 from tdxlab.kvm.spte import (
     FROZEN_SPTE,
     PT_PAGE_SIZE_MASK,
+    PT_WRITABLE_MASK,
     SPTE_MMU_PRESENT_MASK,
     is_access_allowed,
     is_last_spte,
@@ -80,7 +82,8 @@ def kvm_tdp_mmu_map(vcpu: Vcpu, fault: PageFault) -> Doing:
     root = tdp_mmu_get_root_for_fault(vcpu, fault)
     kvm_mmu_hugepage_adjust(vcpu, fault)
     assert vm.mmu_lock.held(READ)
-    for it in for_each_tdp_pte(vm, root, fault.gfn, fault.gfn + 1):
+    links = fault.goal_level > 1 or fault.nx_huge_page_workaround_enabled
+    for it in for_each_tdp_pte(vm, root, fault.gfn, fault.gfn + 1, links=links):
         spte, level = it.old_spte, it.level
         if fault.nx_huge_page_workaround_enabled:
             disallowed_hugepage_adjust(vm, fault, spte, level)
@@ -159,7 +162,7 @@ def _make_leaf(vm: Vm, fault: PageFault, it: TdpIter) -> int:
         prefetch=fault.prefetch,
         host_writable=fault.map_writable,
     )
-    if fault.slot.is_dirty_tracked and spte & 2:
+    if fault.slot.flags & KVM_MEM_LOG_DIRTY_PAGES and spte & PT_WRITABLE_MASK:
         mark_page_dirty_in_slot(vm, fault.slot, it.gfn)
     return spte
 

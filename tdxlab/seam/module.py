@@ -276,9 +276,10 @@ class Module:
         """
         if not self.memory.encrypted:
             return
+        pamt = self.pamt
         for page in range(hpa & -PAGE_SIZE, hpa + size, PAGE_SIZE):
-            if page >> 30 in self.pamt.blocks:
-                page_type = self.pamt.page_type(self.pamt.entry(page, 0))
+            if page >> 30 in pamt.blocks:
+                page_type = pamt.page_type(pamt.entry(page, 0))
                 if page_type in CONTROL_PAGE_TYPES:
                     name = PAGE_TYPE_NAMES[page_type]
                     self.halted = f"the host overwrote the module's page {page:#x} ({name})"
