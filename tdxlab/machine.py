@@ -12,6 +12,7 @@ Two machines share nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -176,10 +177,10 @@ class Machine(BareMachine):
     @property
     def seamcalls(self) -> Mapping[str, int]:
         """Name of each leaf that was called, such as "TDH.MEM.PAGE.AUG" -> calls since the machine
-        was made.
+        was made; 0 for any other.
         """
         counts = self.trace.seamcalls()
-        return MappingProxyType({HOST_LEAVES[leaf].name: n for leaf, n in counts.items()})
+        return MappingProxyType(Counter({HOST_LEAVES[leaf].name: n for leaf, n in counts.items()}))
 
     def tables(self, vm: Gate) -> dict[str, accounts.Levels]:
         """Occupancy of a VM's page tables: tree ("mirror", "external", "direct") -> name of a level

@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
-from tdxlab.kvm.memory_region import are_flags_valid
+from tdxlab.kvm.memory_region import USER_LIMIT, are_flags_valid
 from tdxlab.kvm.params import VM_TYPE_NAMES
-from tdxlab.kvm.slots import KVM_MEM_GUEST_MEMFD, KVM_USER_MEM_SLOTS
+from tdxlab.kvm.slots import KVM_MEM_GUEST_MEMFD, KVM_USER_MEM_SLOTS, MAX_NR_PAGES
 from tdxlab.kvm.vm import Vm
 
 
@@ -59,11 +59,15 @@ def why_region(
     for name, value in values.items():
         if value % PAGE_SIZE:
             return _not_pages(name, value)
+    if not 0 <= size >> PAGE_SHIFT <= MAX_NR_PAGES:
+        return f"{size:#x} bytes; a slot has at most {MAX_NR_PAGES << PAGE_SHIFT:#x}, use several"
     found = vm.slots.by_id(slot & 0xFFFF, slot >> 16)
     if not size:
         return f"there is no slot {slot} to delete"
     if found is not None and (found.can_be_private or found.npages != size >> PAGE_SHIFT):
         return f"slot {slot} exists; it can only be deleted (size 0) and created again"
+    if hva + size > USER_LIMIT:
+        return f"HVAs from {hva:#x} on are not all below {USER_LIMIT:#x}, where processes end"
     return _why_range(vm, slot, gpa, size, flags, gmem, gmem_offset)
 
 
@@ -90,7 +94,7 @@ def _why_range(
             f"{size:#x} bytes at offset {gmem_offset:#x} of guest_memfd {gmem} cannot back the "
             "slot: there is no such file, it is too small, or another slot has that part"
         )
-    return f"{size:#x} bytes at HVA are more than a slot or a process can have"
+    return f"slot {slot} cannot become that; delete it (size 0) and create it again"
 
 
 def why_attributes(vm: Vm, gpa: int, size: int) -> str:

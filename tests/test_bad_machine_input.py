@@ -40,7 +40,7 @@ def scene() -> Scene:
     return Scene()
 
 
-def region(td: Td, gpa: int, size: int, slot: int = 7, **more: Any) -> None:
+def region(td: Td, gpa: int, size: int | str, slot: int = 7, **more: Any) -> None:
     td.set_user_memory_region(slot, gpa, size, **more)
 
 
@@ -86,6 +86,21 @@ MISTAKES: dict[str, tuple[Mistake, int | None, tuple[str, ...]]] = {
         lambda s: region(s.td, MEMORY, 0x800),
         errno.EINVAL,
         ("size 0x800", "multiple of 0x1000"),
+    ),
+    "slot of 8 TiB": (
+        lambda s: region(s.td, MEMORY, "8 TiB"),
+        errno.EINVAL,
+        (hex(8 << 40), f"at most {(8 << 40) - PAGE_SIZE:#x}", "use several"),
+    ),
+    "slot above all HVAs": (
+        lambda s: region(s.td, MEMORY, SIZE_2M, hva=(1 << 56) - SIZE_2M),
+        errno.EINVAL,
+        (hex((1 << 56) - SIZE_2M), hex((1 << 56) - PAGE_SIZE)),
+    ),
+    "read-only flag of a slot that is there": (
+        lambda s: s.plain.set_user_memory_region(0, 0, MEMORY, flags=KVM_MEM_READONLY),
+        errno.EINVAL,
+        ("slot 0 cannot become that", "delete it"),
     ),
     "slot at an odd HVA": (
         lambda s: region(s.td, MEMORY, PAGE_SIZE, hva=0x1001),

@@ -37,6 +37,8 @@ def test_machine_boots_with_the_module_ready() -> None:
     assert machine.module.is_ready
     assert machine.seamcalls["TDH.SYS.LP.INIT"] == 3
     assert machine.seamcalls["TDH.SYS.KEY.CONFIG"] == 3
+    assert machine.seamcalls["TDH.MNG.CREATE"] == 0
+    assert "TDH.MNG.CREATE" not in machine.seamcalls
     with pytest.raises(TypeError):
         machine.seamcalls["TDH.SYS.INIT"] = 0  # type: ignore[index]
 

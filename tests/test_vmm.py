@@ -163,7 +163,7 @@ def test_vcpus_that_convert_and_touch_side_by_side_all_finish(td: Td, seed: int)
     schedule = steps.seeded(operations, seed)
     assert [schedule.results[number].reason for number in range(3)] == ["done"] * 3
     assert machine.tables(td)["mirror"]["4K"] == machine.tables(td)["external"]["4K"]
-    check(machine, "quiet")
+    check(machine, "alive")
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -183,7 +183,7 @@ def test_a_hole_punched_beside_a_running_guest_leaves_no_stale_translation(
     assert schedule.results[1] == 0
     assert machine.seamcalls["TDH.MEM.PAGE.REMOVE"] == 2
     assert schedule.results[0].reason in ("done", ERROR)
-    check(machine, "quiet")
+    check(machine, "alive")
 
 
 @pytest.mark.parametrize("vm_type", [KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM])
@@ -211,7 +211,7 @@ def test_a_vm_whose_memory_is_unmapped_beside_it_faults_it_back(vm_type: int, se
     for number in (0, 1):
         result = schedule.results[number]
         assert result.ok or not private
-    check(machine, "quiet")
+    check(machine, "alive")
 
 
 def test_a_guest_that_idles_is_woken_by_its_timer(td: Td) -> None:
