@@ -239,7 +239,11 @@ class KvmHost:
 
     def interrupt_all(self, vm: Vm) -> list[Vcpu]:
         """`interrupt_vcpu` for all of a VM; returns those that have yet to take the interrupt."""
-        return [vcpu for vcpu in vm.vcpus if self.interrupt_vcpu(vcpu)]
+        return [
+            vcpu
+            for vcpu in vm.vcpus
+            if vcpu.mode != OUTSIDE_GUEST_MODE and self.interrupt_vcpu(vcpu)
+        ]
 
     def interrupt_vcpu(self, vcpu: Vcpu) -> bool:
         """Send the vCPU's LP an interrupt if it is in guest mode elsewhere; True if it must yet be

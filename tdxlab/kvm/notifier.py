@@ -64,8 +64,7 @@ def kvm_mmu_unmap_gfn_range(vm: Vm, gfn_range: GfnRange) -> Zapping:
     Source: kvm_main.c, kvm_mmu_unmap_gfn_range.
     """
     kvm_mmu_invalidate_range_add(vm, gfn_range.start, gfn_range.end)
-    flush = yield from zap.kvm_unmap_gfn_range(vm, gfn_range)
-    return bool(flush)
+    return zap.kvm_unmap_gfn_range(vm, gfn_range)
 
 
 # -- ranges of gfns: for attributes
@@ -83,13 +82,13 @@ def gfn_ranges(vm: Vm, start: int, end: int) -> Iterator[GfnRange]:
 
 def kvm_handle_gfn_range(
     vm: Vm, start: int, end: int, handler: Handler, on_lock: Callable[[Vm], None]
-) -> Generator[Step, None, None]:
+) -> Zapping:
     """Call `handler` for what each slot has of the gfns in [start, end), all under one mmu_lock for
     write; flush if it says so. `on_lock` runs first. Without a slot nothing happens at all.
 
     Source: kvm_main.c, kvm_handle_gfn_range.
     """
-    yield from handle_ranges(vm, list(gfn_ranges(vm, start, end)), handler, on_lock)
+    return handle_ranges(vm, list(gfn_ranges(vm, start, end)), handler, on_lock)
 
 
 def handle_ranges(

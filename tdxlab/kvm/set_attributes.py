@@ -84,7 +84,7 @@ def _before(attrs: int) -> Callable[[Vm, GfnRange], Handling]:
 
     def handler(vm: Vm, gfn_range: GfnRange) -> Handling:
         kvm_mmu_invalidate_range_add(vm, gfn_range.start, gfn_range.end)
-        return (yield from kvm_arch_pre_set_memory_attributes(vm, gfn_range, attrs))
+        return kvm_arch_pre_set_memory_attributes(vm, gfn_range, attrs)
 
     return handler
 
@@ -110,8 +110,7 @@ def kvm_arch_pre_set_memory_attributes(vm: Vm, gfn_range: GfnRange, attrs: int) 
         _invalidate_ends(vm, gfn_range, level)
     becomes_private = bool(attrs & KVM_MEMORY_ATTRIBUTE_PRIVATE)
     losing = KVM_FILTER_SHARED if becomes_private else KVM_FILTER_PRIVATE
-    flush = yield from zap.kvm_unmap_gfn_range(vm, gfn_range._replace(attr_filter=losing))
-    return bool(flush)
+    return zap.kvm_unmap_gfn_range(vm, gfn_range._replace(attr_filter=losing))
 
 
 def _invalidate_ends(vm: Vm, gfn_range: GfnRange, level: int) -> None:

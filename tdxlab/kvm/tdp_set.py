@@ -157,7 +157,7 @@ def tdp_mmu_set_spte(
 
     mirror: the entry is one of a mirror EPT. Source: tdp_mmu_set_spte.
     """
-    if FROZEN_SPTE in (old_spte, new_spte):
+    if old_spte == FROZEN_SPTE or new_spte == FROZEN_SPTE:
         vm.warn("tdp_mmu_set_spte: frozen entries exist under the shared lock only")
     old_spte = write_spte(vm, word, old_spte, new_spte, level)
     removed = _note_change(vm, as_id, gfn, old_spte, new_spte, level)
@@ -188,7 +188,7 @@ def needs_atomic_write(spte: int, level: int) -> bool:
     """
     return bool(
         spte & SPTE_MMU_PRESENT_MASK
-        and is_last_spte(spte, level)
+        and (level == 1 or spte & PT_PAGE_SIZE_MASK)
         and spte_needs_atomic_update(spte)
     )
 

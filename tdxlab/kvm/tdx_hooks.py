@@ -125,14 +125,17 @@ def _tdx_sept_zap_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook
     if tdx_operand_busy(answer.status):
         again = tdh_mem_range_block(host, td, gpa, sept_level)
         answer = yield from _retry_without_vcpus(tdx, again)
-    if _is_sept_zap_err_due_to_premap(tdx, answer):
+    if answer.status and _is_sept_zap_err_due_to_premap(tdx, answer):
         if not tdx.nr_premapped:
             tdx.vm.bug("a page is zapped that was neither added nor premapped")
             return -EIO
         tdx.nr_premapped -= 1
         tdx.vm.guest_memory.put_page(pfn)
         return 0
-    return -EIO if tdx.bug_on("TDH_MEM_RANGE_BLOCK", *answer) else 1
+    if answer.status:
+        tdx.bug_on("TDH_MEM_RANGE_BLOCK", *answer)
+        return -EIO
+    return 1
 
 
 def _is_sept_zap_err_due_to_premap(tdx: Tdx, answer: Answer) -> bool:
@@ -154,7 +157,8 @@ def tdx_track(tdx: Tdx) -> Doing:
     status = yield from tdh_mem_track(tdx.host, tdx.td)
     if tdx_operand_busy(status):
         status = yield from _retry_without_vcpus(tdx, tdh_mem_track(tdx.host, tdx.td))
-    tdx.bug_on("TDH_MEM_TRACK", status)
+    if status:
+        tdx.bug_on("TDH_MEM_TRACK", status)
     yield from tdx.host.kick_all(tdx.vm, "OUTSIDE_GUEST_MODE")
 
 
@@ -165,11 +169,13 @@ def _tdx_sept_drop_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hoo
     if tdx_operand_busy(answer.status):
         again = tdh_mem_page_remove(host, td, gpa, sept_level)
         answer = yield from _retry_without_vcpus(tdx, again)
-    if tdx.bug_on("TDH_MEM_PAGE_REMOVE", *answer):
+    if answer.status:
+        tdx.bug_on("TDH_MEM_PAGE_REMOVE", *answer)
         return -EIO
     hpa = pfn << PAGE_SHIFT
     status = yield from tdh_phymem_page_wbinvd_hkid(host, tdx.hkid, hpa)
-    if tdx.bug_on("TDH_PHYMEM_PAGE_WBINVD", status):
+    if status:
+        tdx.bug_on("TDH_PHYMEM_PAGE_WBINVD", status)
         return -EIO
     tdx_clear_page(host, hpa)
     tdx.vm.guest_memory.put_page(pfn)

@@ -122,8 +122,7 @@ def tdp_mmu_zap_leafs(
             continue
         yield from tdp_mmu_iter_set_spte(vm, it, SHADOW_NONPRESENT_VALUE)
         wanted = can_yield and is_lock_wanted(vm)
-        if not is_invalid_root(vm, root):
-            flush = True
+        flush = flush or not is_invalid_root(vm, root)
     return flush
 
 
@@ -155,7 +154,7 @@ def kvm_unmap_gfn_range(vm: Vm, gfn_range: GfnRange) -> Flushing:
 
     Source: mmu.c, kvm_unmap_gfn_range. Differs: no APIC access page.
     """
-    return (yield from kvm_tdp_mmu_unmap_gfn_range(vm, gfn_range, False))
+    return kvm_tdp_mmu_unmap_gfn_range(vm, gfn_range, False)
 
 
 def kvm_zap_gfn_range(vm: Vm, gfn_start: int, gfn_end: int) -> Work:

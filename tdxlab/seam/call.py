@@ -72,9 +72,10 @@ class Call:
 
     def release_all(self) -> None:
         """Let go of every lock, the last one first."""
-        for release, words, which in reversed(self.locks):
+        locks = self.locks
+        while locks:
+            release, words, which = locks.pop()
             release(words, which)
-        self.locks.clear()
 
     def keep(self, kept: list[Lock]) -> None:
         """Leave these locks held when the leaf ends."""

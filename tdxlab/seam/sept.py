@@ -151,7 +151,7 @@ def walk(memory: Memory, eptp: int, gpa: int, sept_level: int) -> Place:
         word = frames[table >> 12] + (gpa >> shift & 511)
         septe = view[word]
         if level == sept_level or not 0 < septe & _LEAF_OR_RWX < LEAF:
-            return Place(word, level, septe)
+            return tuple.__new__(Place, (word, level, septe))  # Place(...), called less deeply
         table = septe & HPA_MASK
         level -= 1
         shift -= 9
