@@ -1,1 +1,0 @@
-"""Tests that drive JupyterLab in a real browser."""

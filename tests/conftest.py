@@ -1,0 +1,18 @@
+"""Tests run in several processes at the same time, and must not get into each other's way."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import partialmethod
+from pathlib import Path
+
+from jupyter_client.manager import KernelManager
+
+
+def pytest_configure() -> None:
+    """Let kernels talk over Unix sockets: of two processes that look for free TCP ports, the second
+    may find those that the first one's kernel is about to take.
+    """
+    sockets = str(Path(tempfile.gettempdir()) / f"tdxlab-kernel-{os.getpid()}")
+    KernelManager.__init__ = partialmethod(KernelManager.__init__, transport="ipc", ip=sockets)
