@@ -62,7 +62,7 @@ class Panel:
         self.tape = tape
         self.error = ""
         self.reset = self.button(
-            "Reset", "tdxlab-reset", lambda: tape.seek(0), icon="fast-backward"
+            "Reset", "tdxlab-reset", lambda: self.tape.seek(0), icon="fast-backward"
         )
         self.back = self.button("Back", "tdxlab-back", self._go_back, icon="step-backward")
         self.step = self.button("Step", "tdxlab-step", self._go_on, icon="step-forward")

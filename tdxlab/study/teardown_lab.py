@@ -130,6 +130,10 @@ class Tally(Between):
             self.refused.put(name, self.refused.get(name, 0) + 1)
         return status
 
+    def calls_of(self, leaf: str) -> int:
+        """Calls of one leaf so far."""
+        return sum(calls for (name, _), calls in self.counts.items() if name == leaf)
+
 
 class TeardownLab:
     """A TD with some private pages in use, and its teardown on a tape.
@@ -195,15 +199,15 @@ class TeardownLab:
                 yield from destroy_keyid_first(self.td)
 
     def phases(self) -> dict[str, int]:
-        """Phase -> its first position on the tape, in the order of the tape."""
+        """Phase -> position at which its first SEAMCALL comes next, in the tape's order."""
         found: dict[str, int] = {}
-        for position, action in enumerate(self.tape.actions):
+        for position, action in enumerate(self.tape.actions, start=1):
             found.setdefault(self.phase_of_step(action), position)
         found.pop("", None)
         return found
 
     def go_to(self, phase: str) -> None:
-        """Stand just before the first call of a phase. Refuses one that does not come:
+        """Stand just before the first SEAMCALL of a phase. Refuses one that does not come:
         ValueError.
         """
         places = self.phases()
@@ -243,7 +247,7 @@ class TeardownLab:
         host = LEAKED if cause else IN_USE if pages.use_of(hpa) else FREE
         return PageRow(hpa, role, host, types.get(hpa, "PT_NDA"), cause)
 
-    def keys(self) -> list[KeyLine]:
+    def key_lines(self) -> list[KeyLine]:
         """The KeyIDs that somebody has: the module's own, and the TD's as long as one side knows
         it.
         """
@@ -260,6 +264,10 @@ class TeardownLab:
     def leaked(self) -> dict[str, int]:
         """Role -> pages of it that are leaked; roles without one are left out."""
         return dict(Counter(row.role for row in self.ledger() if row.host == LEAKED))
+
+    def leaked_pages(self) -> list[int]:
+        """HPAs of the TD's pages that are leaked."""
+        return [hpa for hpa in self.roles if hpa in self.machine.host.pages.leaked]
 
     def keyid_is_lost(self) -> bool:
         """The host still counts the TD's KeyID as in use, although the TD is gone."""
