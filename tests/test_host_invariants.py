@@ -16,7 +16,7 @@ from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import TDX_OPERAND_BUSY, TDX_PAGE_METADATA_INCORRECT
 from tdxlab.arch import HPA_MASK, PAGE_SHIFT
 from tdxlab.cpu import Translation
-from tdxlab.guest import MapGpa, Write
+from tdxlab.guest import Access, MapGpa, Write
 from tdxlab.invariants import INVARIANTS, SCOPES, InvariantBroken, Scope, check, host_pages, mmu
 from tdxlab.invariants.picture import Picture
 from tdxlab.kvm import tdp_mmu, tdp_set, tdx_hooks, tdx_teardown
@@ -288,7 +288,7 @@ def test_check_passes_at_every_step_of_a_tds_life() -> None:
     machine = Machine(memory="1 GiB", lps=2, packages=1)
     td = machine.create_td(vcpus=2, memory="4 MiB", image=b"code")
     shared = td.guest.shared_mask
-    program = [
+    program: list[Access] = [
         Write(PRIVATE),
         MapGpa(SHARED | shared, 0x2000),
         Write(SHARED | shared),

@@ -159,7 +159,9 @@ def tdx_handle_ept_violation(vcpu: TdxVcpu) -> Status:
     """An access that Secure EPT or shared EPT did not allow.
 
     A private fault is handled again at once while it says RETRY, so that the guest does not fault
-    on the same instruction over and over: the module would suspect an attack by single steps.
+    on the same instruction over and over: the module would suspect an attack by single steps. In a
+    memslot that is being deleted it says so until the vCPU gets an event or a signal: the deletion
+    waits for this reader of the memslots.
     Returns 1, or -errno: -EIO: the guest touched a page that it had not accepted, and the VM is
     dead; or what the fault returns.
     """
