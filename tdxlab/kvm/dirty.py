@@ -39,6 +39,7 @@ from tdxlab.kvm.tdp_iter import (
     for_each_tdp_pte,
     for_each_tdp_pte_min_level,
     is_lock_wanted,
+    tdp_mmu_iter_cond_resched,
     tdp_mmu_iter_need_resched,
     tdp_mmu_iter_resched,
 )
@@ -73,24 +74,22 @@ def kvm_tdp_mmu_wrprot_slot(vm: Vm, slot: Slot, min_level: int) -> Changing:
     for root in for_each_tdp_mmu_root_yield_safe(vm, KVM_VALID_ROOTS, slot.as_id):
         wanted = is_lock_wanted(vm)
         for it in for_each_tdp_pte_min_level(vm, root, min_level, slot.base_gfn, slot.end_gfn):
-            spte = it.old_spte
-            if wanted or (spte & PT_WRITABLE_MASK and is_present_leaf(spte, it.level)):
+            if wanted and tdp_mmu_iter_need_resched(vm, it):
+                yield from tdp_mmu_iter_resched(vm, it, False, READ)
+            elif it.old_spte & PT_WRITABLE_MASK and is_present_leaf(it.old_spte, it.level):
                 changed |= yield from _wrprot(vm, it)
                 wanted = is_lock_wanted(vm)
     return changed
 
 
 def _wrprot(vm: Vm, it: TdpIter) -> Changing:
-    """One entry. Source: wrprot_gfn_range."""
-    while True:
-        if tdp_mmu_iter_need_resched(vm, it):
-            yield from tdp_mmu_iter_resched(vm, it, False, READ)
+    """One entry, a leaf with W. Source: wrprot_gfn_range."""
+    while (yield from tdp_mmu_set_spte_atomic(vm, it, it.old_spte & ~PT_WRITABLE_MASK)):
+        if (yield from tdp_mmu_iter_cond_resched(vm, it, False, READ)):
             return False
-        spte = it.old_spte
-        if not is_present_leaf(spte, it.level) or not spte & PT_WRITABLE_MASK:
+        if not it.old_spte & PT_WRITABLE_MASK or not is_present_leaf(it.old_spte, it.level):
             return False
-        if not (yield from tdp_mmu_set_spte_atomic(vm, it, spte & ~PT_WRITABLE_MASK)):
-            return True
+    return True
 
 
 def kvm_tdp_mmu_clear_dirty_slot(vm: Vm, slot: Slot) -> Work:
@@ -100,20 +99,25 @@ def kvm_tdp_mmu_clear_dirty_slot(vm: Vm, slot: Slot) -> Work:
     """
     for root in for_each_tdp_mmu_root_yield_safe(vm, KVM_VALID_ROOTS, slot.as_id):
         bit = PT_WRITABLE_MASK if tdp_mmu_need_write_protect(vm, root) else DIRTY_MASK
+        wanted = is_lock_wanted(vm)
         for it in for_each_tdp_pte(vm, root, slot.base_gfn, slot.end_gfn):
-            if is_present_leaf(it.old_spte, it.level):
+            if not is_present_leaf(it.old_spte, it.level):
+                continue
+            if wanted and tdp_mmu_iter_need_resched(vm, it):
+                yield from tdp_mmu_iter_resched(vm, it, False, READ)
+            elif it.old_spte & bit:
                 yield from _clear_dirty(vm, it, bit)
+                wanted = is_lock_wanted(vm)
 
 
 def _clear_dirty(vm: Vm, it: TdpIter, bit: int) -> Work:
-    """One entry. Source: clear_dirty_gfn_range."""
-    while is_present_leaf(it.old_spte, it.level):
-        if tdp_mmu_iter_need_resched(vm, it):
-            yield from tdp_mmu_iter_resched(vm, it, False, READ)
+    """One entry, a leaf with `bit`. Source: clear_dirty_gfn_range."""
+    while (yield from tdp_mmu_set_spte_atomic(vm, it, it.old_spte & ~bit)):
+        if not is_present_leaf(it.old_spte, it.level):
+            return
+        if (yield from tdp_mmu_iter_cond_resched(vm, it, False, READ)):
             return
         if not it.old_spte & bit:
-            return
-        if not (yield from tdp_mmu_set_spte_atomic(vm, it, it.old_spte & ~bit)):
             return
 
 

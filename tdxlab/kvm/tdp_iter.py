@@ -185,8 +185,8 @@ def tdp_mmu_iter_need_resched(vm: Vm, it: TdpIter) -> bool:
 
     Source: tdp_mmu.c, tdp_mmu_iter_need_resched.
     """
-    wanted = vm.need_resched is not None and vm.need_resched()
-    if not wanted and not vm.mmu_lock.is_contended:
+    need_resched = vm.need_resched
+    if (need_resched is None or not need_resched()) and not vm.mmu_lock.is_contended:
         return False
     return it.next_last_level_gfn != it.yielded_gfn
 

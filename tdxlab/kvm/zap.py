@@ -186,7 +186,8 @@ def _zap_level(vm: Vm, root: MmuPage, shared: bool, zap_level: int) -> Work:
     mode = READ if shared else WRITE
     wanted = is_lock_wanted(vm)
     for it in for_each_tdp_pte_min_level_all(vm, root, zap_level):
-        while True:
+        is_here = it.level <= zap_level and it.old_spte & SPTE_MMU_PRESENT_MASK
+        while wanted or is_here:
             if wanted and tdp_mmu_iter_need_resched(vm, it):
                 yield from tdp_mmu_iter_resched(vm, it, False, mode)
                 break
