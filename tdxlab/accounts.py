@@ -17,7 +17,7 @@ from tdxlab.bare import BareMachine
 from tdxlab.kvm.spte import SPTE_MMU_PRESENT_MASK, is_last_spte
 from tdxlab.kvm.vm import MmuPage, Vm
 from tdxlab.seam import sept
-from tdxlab.seam.rules import SEPT_STATE_BY_BITS, SEPT_STATE_MASK
+from tdxlab.seam.rules import FREE_BITS, SEPT_STATE_BY_BITS, SEPT_STATE_MASK
 from tdxlab.seam.td import SEPT_ROOT_PAGE, Tdcs, Tdr
 
 MIRROR, EXTERNAL, DIRECT = "mirror", "external", "direct"
@@ -107,7 +107,9 @@ def _count_sept(machine: BareMachine, tdr: int, levels: list[Occupancy]) -> None
     top = eptp >> 3 & 7
     levels[top] = levels[top].add(1, 0)
     for level, _gpa, entry, _place in sept.entries(memory, eptp):
-        levels[level] = levels[level].add(0, 1)
         state = SEPT_STATE_BY_BITS.get(entry & SEPT_STATE_MASK)
+        if state is not None and state.bits == FREE_BITS:
+            continue  # locked, by a call that is about to fill it
+        levels[level] = levels[level].add(0, 1)
         if level and state is not None and not state.is_leaf:
             levels[level - 1] = levels[level - 1].add(1, 0)
