@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tdxlab.kvm import zap
+from tdxlab.kvm.roots import KVM_VALID_ROOTS
 from tdxlab.study import zap_matrix
+from tdxlab.study.plots import Canvas, side_by_side
 from tdxlab.study.zap_matrix import (
     CAUSES,
     DEFAULT,
@@ -13,6 +16,7 @@ from tdxlab.study.zap_matrix import (
     TDX,
     VM_TYPES,
     ZapRow,
+    losses,
     make_scene,
     matrix,
     observe,
@@ -142,15 +146,21 @@ def test_short_matrix_says_the_same_in_words(rows: dict[tuple[str, str], ZapRow]
     assert short["slot created"].sw_protected == "nothing"
 
 
+def test_losses_plot_shows_the_pages_of_each_row(rows: dict[tuple[str, str], ZapRow]) -> None:
+    some = [rows["becomes shared", TDX], rows["MMU notifier: munmap", SW_PROTECTED]]
+    (ax,) = side_by_side(Canvas().figure, 1)
+    losses(some, ax)
+    widths = [[patch.get_width() for patch in bars.patches] for bars in ax.containers]
+    assert widths == [[4, 0], [0, 4], [0, 4]]
+    assert ax.get_xlabel() == "pages: L private, data lost, K private, data kept, S shared"
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "becomes shared, TDX",
+        "MMU notifier: munmap, SW_PROTECTED",
+    ]
+
+
 def test_filter_that_is_ignored_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def both(vm: object, attr_filter: int) -> int:
-        return zap_roots
-
-    from tdxlab.kvm import zap
-    from tdxlab.kvm.roots import KVM_VALID_ROOTS
-
-    zap_roots = KVM_VALID_ROOTS
-    monkeypatch.setattr(zap, "kvm_gfn_range_filter_to_root_types", both)
+    monkeypatch.setattr(zap, "kvm_gfn_range_filter_to_root_types", lambda *_: KVM_VALID_ROOTS)
     row = observe(TDX, "MMU notifier: munmap")
     assert row is not None
     assert (row.roots, row.private_data) == (BOTH, "lost")

@@ -46,18 +46,18 @@ class ConvertPanel(Panel):
 
     def controls(self) -> Sequence[ipywidgets.Widget]:
         """What to convert and how, then the buttons that do it."""
-        narrow = {"width": "230px"}
+        wide = {"width": "300px"}
         self.first = ipywidgets.IntSlider(
-            description="first page", min=0, max=PAGES - 1, value=4, layout=narrow
+            description="first page", min=0, max=PAGES - 1, value=4, layout=wide
         )
         self.pages = ipywidgets.IntSlider(
-            description="pages", min=1, max=PAGES, value=2, layout=narrow
+            description="pages", min=1, max=PAGES, value=2, layout=wide
         )
         self.to = ipywidgets.Dropdown(
-            description="to", options=[SHARED, PRIVATE], layout={"width": "180px"}
+            description="to", options=[SHARED, PRIVATE], layout={"width": "200px"}
         )
         self.batch = ipywidgets.Dropdown(
-            description="batch", options=list(BATCHES.items()), layout={"width": "230px"}
+            description="batch", options=list(BATCHES.items()), layout={"width": "290px"}
         )
         self.punch = ipywidgets.Checkbox(
             description="VMM discards the other copy (punch hole)",

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
+
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE, SIZE_2M
 from tdxlab.guest import Write
 from tdxlab.kvm.gmem import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
@@ -27,6 +29,8 @@ from tdxlab.kvm.zap import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
 from tdxlab.machine import Machine
 from tdxlab.steps import Operation, run
 from tdxlab.study.convert_lab import PRIVATE_DATA, undone
+from tdxlab.study.palette import BLACK, GREEN, ORANGE, VERMILLION, Look
+from tdxlab.study.plots import Series, stacked_bars
 from tdxlab.vmm_plain import PlainVm
 from tdxlab.vmm_td import Td
 
@@ -342,3 +346,23 @@ def _words(row: ZapRow) -> str:
     parts += [f"{row.seamcalls} SEAMCALLs"] if row.seamcalls else []
     parts += ["data lost"] if row.private_data == "lost" else []
     return ", ".join(parts)
+
+
+#: What becomes of a page that loses its mapping -> its look.
+LOSSES = (
+    Look("private, data lost", VERMILLION, BLACK, "L", "xx"),
+    Look("private, data kept", GREEN, BLACK, "K", ""),
+    Look("shared", ORANGE, BLACK, "S", "//"),
+)
+
+
+def losses(rows: Sequence[ZapRow], ax: Axes) -> Axes:
+    """Pages that lose their mapping, for each row of `matrix()`: by kind, and with or without
+    their data.
+    """
+    lost = [row.private if row.private_data == "lost" else 0 for row in rows]
+    kept = [row.private - gone for row, gone in zip(rows, lost, strict=True)]
+    values = (lost, kept, [row.shared for row in rows])
+    series = [Series(look, each) for look, each in zip(LOSSES, values, strict=True)]
+    names = [f"{row.cause}, {row.vm}" for row in rows]
+    return stacked_bars(ax, names, series, unit="pages", title=f"Mappings gone, of {PAGES} pages")
