@@ -1,4 +1,4 @@
-"""Faults in the TDP MMU: tables from the top down, then the leaf, whoever is in between; lookups."""
+"""Faults in the TDP MMU: tables from the top down, then the leaf, whoever interferes; lookups."""
 
 from errno import EBUSY, EIO
 from typing import Any
