@@ -25,7 +25,7 @@ from tdxlab.comparison import (
     differ,
 )
 from tdxlab.host import TD_PARAMS_BUFFER, Host, SeamcallFailed
-from tdxlab.journal import Snapshots, Words
+from tdxlab.journal import Words
 from tdxlab.recorded import (
     VALID_TD_PARAMS,
     Step,
@@ -42,6 +42,7 @@ from tdxlab.seam.keys import Keys
 from tdxlab.seam.rules import PT_NDA, PT_RSVD, PT_TDR
 from tdxlab.seam.system import Sys
 from tdxlab.seam.td import Td, Tdcs
+from tdxlab.snapshots import Snapshots
 from tdxlab.views import key_rows, mrtd, pamt_rows, sept_rows, td_info
 
 #: Where the recorder put "valid TD_PARAMS" when a step says no more than that.

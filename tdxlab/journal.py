@@ -21,7 +21,8 @@ import mmap
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar, overload
 
-_ABSENT = object()
+#: What the log notes of a key that was not there.
+ABSENT = object()
 _CHUNK = 4096
 _ZERO_CHUNK = bytes(_CHUNK)
 #: Linux: reserve address space without promising memory for all of it.
@@ -73,7 +74,7 @@ class Journal:
         """Put `store` under this journal."""
         number = len(self._stores)
         if self._marks:
-            self._log.append((self._stores, number, _ABSENT))
+            self._log.append((self._stores, number, ABSENT))
         self._stores[number] = store
         store.switch(self._log if self._marks else None)
 
@@ -94,7 +95,7 @@ class Journal:
         log = self._log
         while len(log) > mark.position:
             target, key, old = log.pop()
-            if old is _ABSENT:
+            if old is ABSENT:
                 del target[key]
             else:
                 target[key] = old
@@ -115,19 +116,25 @@ class Journal:
         """What `replay` needs to come from the state at `mark` to the present one."""
         return [(target, key, _now(target, key)) for target, key, _ in self._log[mark.position :]]
 
+    def undone_by(self, mark: Mark) -> list[Change]:
+        """What a rewind to `mark` would put back, the oldest change first: its last entry is the
+        one that it would take back first.
+        """
+        return self._log[mark.position :]
+
     def replay(self, changes: list[Change]) -> None:
         """Make the changes that `changes_since` gave, from the state at its mark."""
         for target, key, value in changes:
             old = _now(target, key)
-            if old is value is _ABSENT:
+            if old is value is ABSENT:
                 continue
             if self._marks:
                 self._log.append((target, key, old))
-            if value is _ABSENT:
+            if value is ABSENT:
                 del target[key]
             else:
                 target[key] = value
-            if target is self._stores and value is not _ABSENT:
+            if target is self._stores and value is not ABSENT:
                 value.switch(self._log if self._marks else None)
 
     def forget(self, mark: Mark) -> None:
@@ -158,50 +165,6 @@ class Journal:
     def _switch(self, log: list[tuple[Any, Any, Any]] | None) -> None:
         for store in self._stores.values():
             store.switch(log)
-
-
-class Snapshots:
-    """States of a machine kept by name, to be restored in any order; marks alone go back only."""
-
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
-        self._marks: dict[Hashable, Mark] = {}
-        #: name -> (mark of an earlier state, the way from there): states that a rewind went behind
-        self._ways: dict[Hashable, tuple[Mark, list[Change]]] = {}
-
-    def keep(self, name: Hashable) -> None:
-        """Keep the present state as `name`; an older state of that name is forgotten."""
-        self._ways.pop(name, None)
-        old = self._marks.pop(name, None)
-        self._marks[name] = self._journal.mark()
-        if old is not None and any(start is old for start, _ in self._ways.values()):
-            self._marks[object()] = old
-        elif old is not None:
-            self._journal.release(old)
-
-    def restore(self, name: Hashable) -> None:
-        """Bring back the state kept as `name`. Refuses a name that was never kept: KeyError."""
-        if name not in self._ways:
-            self._go_back(self._marks[name])
-            return
-        start, way = self._ways.pop(name)
-        self._go_back(start)
-        self._journal.replay(way)
-        self._marks[name] = self._journal.mark()
-
-    def _go_back(self, mark: Mark) -> None:
-        """Rewind; of each state that this goes behind, latest first, keep the way back to it."""
-        names = {id(held): name for name, held in self._marks.items()}
-        for later in reversed(self._journal.after(mark)):
-            self._journal.rewind(later)
-            way = self._journal.changes_since(mark)
-            for other, (start, rest) in self._ways.items():
-                if start is later:
-                    self._ways[other] = (mark, way + rest)
-            name = names[id(later)]
-            del self._marks[name]
-            self._ways[name] = (mark, way)
-        self._journal.rewind(mark)
 
 
 class _Recorder:
@@ -311,7 +274,7 @@ class Table(dict[Any, Any]):
 
     def _put_recorded(self, key: Hashable, value: Any) -> None:
         assert self._log is not None
-        self._log.append((self, key, self.get(key, _ABSENT)))
+        self._log.append((self, key, self.get(key, ABSENT)))
         self[key] = value
 
     def drop(self, key: Hashable) -> None:
@@ -352,7 +315,7 @@ class Fields:
 
     def _put_recorded(self, name: str, value: Any) -> None:
         assert self._log is not None
-        self._log.append((self._values, name, self._values.get(name, _ABSENT)))
+        self._log.append((self._values, name, self._values.get(name, ABSENT)))
         self._values[name] = value
 
     def as_dict(self) -> dict[str, Any]:
@@ -428,7 +391,7 @@ def _assign(owner: Any, name: str, value: Any) -> None:
 def _now(target: Any, key: Any) -> Any:
     """What a container holds at `key` at present, as a value of its own."""
     if isinstance(target, dict):
-        return target.get(key, _ABSENT)
+        return target.get(key, ABSENT)
     return bytes(target[key]) if isinstance(key, slice) else target[key]
 
 

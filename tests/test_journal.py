@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from tdxlab.journal import Field, Fields, Journal, Mark, Snapshots, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Mark, Table, Words
+from tdxlab.snapshots import Snapshots
 
 
 class Stores:
