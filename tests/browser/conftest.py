@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from urllib.parse import parse_qs, urlsplit
 
 import nbformat
@@ -62,21 +63,59 @@ def lab_page(browser: Browser, lab_url: str) -> Iterator[Callable[[str], LabPage
 
     After the test, no request may have left the machine and no JavaScript error may be pending.
     """
+    opened: list[LabPage] = []
+    with _opener(browser, lab_url) as open_notebook:
+
+        def open_and_note(name: str) -> LabPage:
+            opened.append(open_notebook(name))
+            return opened[-1]
+
+        yield open_and_note
+    for page in opened:
+        page.check()
+
+
+@pytest.fixture(scope="module")
+def _own_notebook(
+    request: pytest.FixtureRequest, browser: Browser, lab_url: str
+) -> Iterator[LabPage]:
+    """The notebook that the test module calls NOTEBOOK, open for all tests of the module."""
+    with _opener(browser, lab_url) as open_notebook:
+        yield open_notebook(request.module.NOTEBOOK)
+
+
+@pytest.fixture
+def notebook(_own_notebook: LabPage) -> Iterator[LabPage]:
+    """The notebook that the test module calls NOTEBOOK, every cell just run.
+
+    All tests of a module have the same page and kernel, yet none sees what another one did: the
+    cells make their panels anew. After each test the page is checked as `lab_page` does.
+    """
+    _own_notebook.page.set_viewport_size(VIEWPORT)
+    if _own_notebook.has_run:
+        _own_notebook.run_all_again()
+    else:
+        _own_notebook.run_all()
+    yield _own_notebook
+    _own_notebook.check()
+
+
+@contextmanager
+def _opener(browser: Browser, lab_url: str) -> Iterator[Callable[[str], LabPage]]:
+    """Opens notebooks in a browser context that ends with the block."""
     place = urlsplit(lab_url)
     (token,) = parse_qs(place.query)["token"]
     context = browser.new_context(viewport=VIEWPORT)
-    opened: list[LabPage] = []
 
     def open_notebook(name: str) -> LabPage:
-        opened.append(LabPage(context.new_page()))
-        opened[-1].open(f"http://{place.netloc}", token, name)
-        return opened[-1]
+        opened = LabPage(context.new_page())
+        opened.open(f"http://{place.netloc}", token, name)
+        return opened
 
-    yield open_notebook
-    context.close()
-    for page in opened:
-        assert page.foreign_requests() == []
-        assert page.errors == []
+    try:
+        yield open_notebook
+    finally:
+        context.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from tdxlab.study.panel_life import LifePanel
@@ -25,10 +23,8 @@ def story() -> LifePanel:
 
 
 @pytest.fixture
-def shown(lab_page: Callable[[str], LabPage]) -> PanelPage:
-    opened = lab_page(NOTEBOOK)
-    opened.run_all()
-    return PanelPage(opened.page)
+def shown(notebook: LabPage) -> PanelPage:
+    return PanelPage(notebook.page)
 
 
 def test_buttons_and_keys_lead_to_the_states_that_python_counts(

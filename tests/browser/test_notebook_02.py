@@ -4,8 +4,6 @@ Python's numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from tdxlab.study.panel_console import ConsolePanel
@@ -16,11 +14,9 @@ NOTEBOOK = "02-inside-the-tdx-module.ipynb"
 
 
 @pytest.fixture
-def shown(lab_page: Callable[[str], LabPage]) -> PanelPage:
-    opened = lab_page(NOTEBOOK)
-    opened.run_all()
-    opened.page.locator(".tdxlab-panel").scroll_into_view_if_needed()
-    return PanelPage(opened.page)
+def shown(notebook: LabPage) -> PanelPage:
+    notebook.page.locator(".tdxlab-panel").scroll_into_view_if_needed()
+    return PanelPage(notebook.page)
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from tdxlab.study.panel_sept import SeptWalker
@@ -20,11 +18,9 @@ def story() -> SeptWalker:
 
 
 @pytest.fixture
-def shown(lab_page: Callable[[str], LabPage]) -> PanelPage:
+def shown(notebook: LabPage) -> PanelPage:
     """The notebook's panel, its story told anew."""
-    opened = lab_page(NOTEBOOK)
-    opened.run_all()
-    page = PanelPage(opened.page)
+    page = PanelPage(notebook.page)
     page.click("tdxlab-retell", then="Step 0 of 25")
     return page
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from playwright.sync_api import TimeoutError as KeyLost
 
@@ -25,10 +23,8 @@ DIGESTS = (
 
 
 @pytest.fixture
-def shown(lab_page: Callable[[str], LabPage]) -> PanelPage:
-    opened = lab_page(NOTEBOOK)
-    opened.run_all()
-    return PanelPage(opened.page)
+def shown(notebook: LabPage) -> PanelPage:
+    return PanelPage(notebook.page)
 
 
 @pytest.fixture
