@@ -155,7 +155,7 @@ def test_losses_plot_shows_the_pages_of_each_row(rows: dict[tuple[str, str], Zap
     assert ax.get_xlabel() == "pages: L private, data lost, K private, data kept, S shared"
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "becomes shared, TDX",
-        "MMU notifier: munmap, SW_PROTECTED",
+        "munmap, SW_PROTECTED",
     ]
 
 

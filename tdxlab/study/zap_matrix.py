@@ -364,5 +364,5 @@ def losses(rows: Sequence[ZapRow], ax: Axes) -> Axes:
     kept = [row.private - gone for row, gone in zip(rows, lost, strict=True)]
     values = (lost, kept, [row.shared for row in rows])
     series = [Series(look, each) for look, each in zip(LOSSES, values, strict=True)]
-    names = [f"{row.cause}, {row.vm}" for row in rows]
+    names = [f"{row.cause.rpartition(': ')[2]}, {row.vm}" for row in rows]
     return stacked_bars(ax, names, series, unit="pages", title=f"Mappings gone, of {PAGES} pages")
