@@ -15,10 +15,6 @@ from tdxlab.study.shared_tables import call_rows, kind_of, letters
 Deeds = tuple[Callable[[SharedLab], Outcome], ...]
 
 
-def _slow(outcome: Outcome) -> int:
-    return outcome.gained.get("faults", 0) - outcome.gained.get("fast", 0)
-
-
 # -- 06.1: what will a write do?
 
 _BEFORE: dict[str, Deeds] = {

@@ -60,8 +60,8 @@ SIZE_LOOKS: dict[str, Look] = {
 
 #: SEAMCALL -> its look.
 CALL_LOOKS: dict[str, Look] = {
-    "TDH.VP.ENTER": Look("VP.ENTER", YELLOW, BLACK, "E", ".."),
     "TDH.VP.WR": Look("VP.WR", PURPLE, BLACK, "W", "xx"),
+    "TDH.VP.ENTER": Look("VP.ENTER", YELLOW, BLACK, "E", ".."),
     "TDH.MEM.SEPT.ADD": Look("MEM.SEPT.ADD", BLUE, WHITE, "S", ""),
     "TDH.MEM.PAGE.AUG": Look("MEM.PAGE.AUG", GREEN, BLACK, "A", "//"),
 }
@@ -161,11 +161,8 @@ def _bit(number: int, row: BitRow) -> str:
 
 def call_bars(rows: Sequence[CallRow], ax: Axes) -> Axes:
     """SEAMCALLs for the same number of private and of shared pages, stacked by leaf."""
-    series = [
-        Series(CALL_LOOKS[row.leaf], [row.private, row.shared])
-        for row in rows
-        if row.leaf in CALL_LOOKS
-    ]
+    calls = {row.leaf: [row.private, row.shared] for row in rows}
+    series = [Series(look, calls.get(leaf, [0, 0])) for leaf, look in CALL_LOOKS.items()]
     return stacked_bars(
         ax, ["private", "shared"], series, unit="SEAMCALLs", title="SEAMCALLs for first uses"
     )
@@ -190,18 +187,23 @@ def log_bars(rows: Sequence[LogRow], ax: Axes) -> Axes:
     return stacked_bars(ax, names, series, unit="faults", title="Faults of the first writes")
 
 
+#: Room above the curves, on a logarithmic scale.
+_ROOM_FOR_LEGEND = 30
+
+
 def leaf_curves(points: Sequence[LeafPoint], ax: Axes) -> Axes:
     """Leaves of each size, and tables, over the deeds of a tape; logarithmic above 1."""
     ax.clear()
     where = [point.position for point in points]
-    for number, (name, look) in enumerate(SIZE_LOOKS.items()):
+    highest = 1
+    for (name, look), style in zip(SIZE_LOOKS.items(), ("-", "--", ":", "-."), strict=True):
         field = "tables" if name == "tables" else f"pages_{name.lower()}"
         values = [getattr(point, field) for point in points]
-        style = ("-", "--", ":", "-.")[number]
+        highest = max(highest, *values)
         ax.plot(where, values, style, drawstyle="steps-post", color=look.colour, linewidth=2)
         ax.lines[-1].set_label(look.name)
     ax.set_yscale("symlog", linthresh=1)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, highest * _ROOM_FOR_LEGEND)
     ax.set_title("Leaves of the direct EPT", fontsize=FONT + 1, loc="left")
     ax.set_xlabel("deeds", fontsize=FONT)
     ax.set_ylabel("entries (logarithmic above 1)", fontsize=FONT)
