@@ -377,7 +377,7 @@ class GuestMemfds:
         if end - start < len(self._folios):
             keys = [(gmem, index) for index in range(start, end) if (gmem, index) in self._folios]
         else:
-            keys = [key for key in self._folios if key[0] == gmem and start <= key[1] < end]
+            keys = sorted(key for key in self._folios if key[0] == gmem and start <= key[1] < end)
         for key in keys:
             folio = self._folios[key]
             self._folios.drop(key)
