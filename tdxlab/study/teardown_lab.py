@@ -12,6 +12,7 @@ anew; the one before is taken back first.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -179,20 +180,19 @@ class TeardownLab:
         """
         if order not in ORDERS:
             raise ValueError(f"there is no order {order!r}; choose one of {', '.join(ORDERS)}")
-        if failure is not None:
-            leaf_number(failure.leaf)
+        between = [self.tally] if failure is None else [self._injection(failure), self.tally]
         self.tape.seek(0)
         self.order, self.failure = order, failure
-        self.tape.perform(order, lambda: self._operation(order, failure))
+        self.tape.perform(order, lambda: self._operation(order, between))
 
-    def _operation(self, order: str, failure: Failure | None) -> Operation:
+    def _injection(self, failure: Failure) -> FailNth:
+        leaf, n, status, times = failure
+        return FailNth(self.machine.host, leaf_number(leaf), n=n, status=status, count=times)
+
+    def _operation(self, order: str, between: Sequence[Between]) -> Operation:
         with ExitStack() as stack:
-            if failure is not None:
-                leaf, n, status, times = failure
-                number = leaf_number(leaf)
-                host = self.machine.host
-                stack.enter_context(FailNth(host, number, n=n, status=status, count=times))
-            stack.enter_context(self.tally)
+            for one in between:
+                stack.enter_context(one)
             if order == KEYID_LAST:
                 yield from self.td.destroy_steps()
             else:

@@ -35,6 +35,9 @@ class ReclaimOnly:
     def __init__(self, tdx: Tdx) -> None:
         self.tdx = tdx
 
+    def __repr__(self) -> str:
+        return f"{self.tdx!r}, its private pages only reclaimed"
+
     def link_external_spt(self, gfn: int, level: int, external_spt: int) -> Hook:
         """As the TD's own."""
         return self.tdx.link_external_spt(gfn, level, external_spt)
