@@ -12,6 +12,9 @@ PIP_COMPILE_FLAGS := --quiet --generate-hashes --all-extras --allow-unsafe --str
 	--no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options
 
 CHECKS := check-format check-lint check-types check-imports check-duplicates
+PYTEST := $(BIN)/python -m pytest
+# The tests of a file stay in one process, one after the other; so do the cells of a notebook.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=60
 
 define NO_VENV
@@ -47,28 +50,28 @@ lab: $(READY)  ## copy the notebooks to ./tdxlab-notebooks and open them in Jupy
 	@$(BIN)/tdxlab lab
 
 .PHONY: test
-test: $(READY)  ## every test: replay of the recorded traces, then pytest over tests and notebooks
-	@$(MAKE) --no-print-directory --keep-going test-conformance test-pytest
-
-.PHONY: test-pytest
-test-pytest: $(READY)  ## pytest over tests and notebooks, in one run
-	$(BIN)/python -m pytest $(NBVAL) tests notebooks
-
-.PHONY: test-unit
-test-unit: $(READY)  ## the tests without notebooks and browser
-	$(BIN)/python -m pytest tests --ignore=tests/browser
-
-.PHONY: test-notebooks
-test-notebooks: $(READY)  ## nbval, strict, on every notebook; then the series at GPAW 52
-	$(BIN)/python -m pytest $(NBVAL) tests/test_house_notebooks.py notebooks
+test: $(READY)  ## every test: recorded traces, pytest over tests and notebooks, the browser
+	@$(MAKE) --no-print-directory --keep-going test-conformance test-pytest test-browser
 
 .PHONY: test-conformance
 test-conformance: $(READY)  ## replay the recorded traces of the real TDX module and of KVM
 	$(BIN)/tdxlab replay data/conformance
 
+.PHONY: test-pytest
+test-pytest: $(READY)  ## the tests and the notebooks, in several processes, without the browser
+	$(PYTEST) $(PARALLEL) $(NBVAL) notebooks tests --ignore=tests/browser
+
+.PHONY: test-unit
+test-unit: $(READY)  ## the tests alone, in several processes, without notebooks and browser
+	$(PYTEST) $(PARALLEL) tests --ignore=tests/browser
+
+.PHONY: test-notebooks
+test-notebooks: $(READY)  ## nbval, strict, on every notebook; then the series at GPAW 52
+	$(PYTEST) $(PARALLEL) $(NBVAL) notebooks tests/test_house_notebooks.py
+
 .PHONY: test-browser
-test-browser: $(READY)  ## drive the notebooks in a real browser
-	$(BIN)/python -m pytest tests/browser
+test-browser: $(READY)  ## drive the notebooks in a real browser, one after the other
+	$(PYTEST) tests/browser
 
 .PHONY: check
 check: $(READY)  ## format, lint, types, import contracts, duplicated code

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from tdxlab.study.panel_convert import ConvertPanel
@@ -20,11 +18,9 @@ def here() -> ConvertPanel:
 
 
 @pytest.fixture
-def shown(lab_page: Callable[[str], LabPage], here: ConvertPanel) -> PanelPage:
+def shown(notebook: LabPage, here: ConvertPanel) -> PanelPage:
     """The notebook's panel; the sliders stand as the notebook's last cell left them."""
-    opened = lab_page(NOTEBOOK)
-    opened.run_all()
-    page = PanelPage(opened.page)
+    page = PanelPage(notebook.page)
     here.first.value, here.pages.value, here.punch.value = 8, 4, True
     page.click("tdxlab-retell", then="Step 0 of 109")
     return page
