@@ -1,0 +1,200 @@
+"""Actors in flight: the step generators of one schedule, and where each of them stands.
+
+A move takes one actor from where it stands to its next yield. Three kinds of actor cannot move: one
+that has ended; one that waits, as long as what it waits for has not happened; one that has to start
+over (its result said so), as long as nothing lasting is different from when it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from tdxlab.frames import Fingerprints
+from tdxlab.states import Differences, States
+from tdxlab.steps import WAIT, Operation, Step
+
+#: What an actor did before its first yield.
+START = "start"
+
+
+def _any_result(_result: Any) -> bool:
+    return True
+
+
+def _never(_result: Any) -> bool:
+    return False
+
+
+class Actor(NamedTuple):
+    """One operation of a scenario. start: makes its generator anew, not started. allowed: says of
+    its result whether the scenario expects it. again: says of its result whether it has to start
+    over, as a fault has that returned RET_PF_RETRY.
+    """
+
+    name: str
+    start: Callable[[], Operation]
+    allowed: Callable[[Any], bool] = _any_result
+    again: Callable[[Any], bool] = _never
+
+
+class Standing(NamedTuple):
+    """Where an actor stands. where: number of its fingerprint, or of its result. blocked: it has to
+    start over, and nothing has changed. began, disturbed: of one that may have to: the lasting
+    state when it began, and whether others have changed something since.
+    """
+
+    where: int
+    ended: bool = False
+    waiting: bool = False
+    blocked: bool = False
+    began: int = -1
+    disturbed: bool = False
+
+
+class Situation(NamedTuple):
+    """The machine's differences from the base, and where all actors stand."""
+
+    differences: Differences
+    standings: tuple[Standing, ...]
+
+    @property
+    def ended(self) -> bool:
+        """Every actor has ended."""
+        return all(standing.ended for standing in self.standings)
+
+    @property
+    def candidates(self) -> list[int]:
+        """Numbers of the actors that may be able to move; one that waits has to try."""
+        return [
+            number
+            for number, standing in enumerate(self.standings)
+            if not standing.ended and not standing.blocked
+        ]
+
+
+class Fault(NamedTuple):
+    """Something that must not be. name: of the rule; explanation: how it was broken."""
+
+    name: str
+    explanation: str
+
+
+class Moved(NamedTuple):
+    """What a move led to. label: what was done, for people."""
+
+    situation: Situation
+    label: str
+    fault: Fault | None
+
+
+class Crew:
+    """All actors of one schedule, none of which has started."""
+
+    def __init__(self, actors: Sequence[Actor], states: States, prints: Fingerprints) -> None:
+        self._actors = actors
+        self._states = states
+        self._prints = prints
+        self._operations: list[Operation | None] = [None for _ in actors]
+        #: what each actor will do next
+        self.labels = [START for _ in actors]
+
+    def beginning(self) -> Situation:
+        """The situation before the first move."""
+        return Situation({}, tuple(Standing(self._states.number(START)) for _ in self._actors))
+
+    def close(self) -> None:
+        """Give up what is in flight; it lets go of its locks, so the machine changes."""
+        for operation in self._operations:
+            if operation is not None:
+                operation.close()
+
+    def repeat(self, number: int) -> None:
+        """The same move as in an earlier crew, without looking at where it leads."""
+        try:
+            self._next(number)
+        except StopIteration:
+            self._operations[number], self.labels[number] = None, START
+
+    def _next(self, number: int) -> Step:
+        operation = self._operations[number]
+        if operation is None:
+            operation = self._operations[number] = self._actors[number].start()
+        step = next(operation)
+        self.labels[number] = words(step)
+        return step
+
+    def move(self, number: int, at: Situation) -> Moved | None:
+        """Move one actor. None: it waits, in vain; then nothing has changed.
+
+        at: the situation in which the machine and this crew are.
+        """
+        journal = self._states.journal
+        mark, label = journal.mark(), self.labels[number]
+        standing = self._begin(number, at)
+        fault = None
+        try:
+            step = self._next(number)
+        except StopIteration as end:
+            label = f"{label} -> {outcome(end.value)}"
+            after, lasting = self._states.update(at.differences, mark)
+            standing, fault = self._end(number, standing, end.value, after)
+        except Exception as error:
+            label = f"{label} raises {type(error).__name__}"
+            fault = Fault(type(error).__name__, f"{self._actors[number].name}: {error}")
+            after, lasting = self._states.update(at.differences, mark)
+        else:
+            here = self._states.number(self._prints.of(self._operations[number]))
+            after, lasting = self._states.update(at.differences, mark)
+            waits = step[0] == WAIT
+            if waits and standing.waiting and here == standing.where and after is at.differences:
+                journal.release(mark)
+                return None
+            standing = standing._replace(where=here, waiting=waits)
+        journal.release(mark)
+        standings = self._disturb(at.standings, lasting)
+        standings[number] = standing
+        return Moved(Situation(after, tuple(standings)), label, fault)
+
+    def _begin(self, number: int, at: Situation) -> Standing:
+        """Where the actor stands; at its first step, also what it will compare with at its end."""
+        standing = at.standings[number]
+        if self._operations[number] is None and self._actors[number].again is not _never:
+            return standing._replace(began=self._states.lasting(at.differences), disturbed=False)
+        return standing
+
+    def _end(
+        self, number: int, standing: Standing, result: Any, after: Differences
+    ) -> tuple[Standing, Fault | None]:
+        actor, states = self._actors[number], self._states
+        self._operations[number], self.labels[number] = None, START
+        if actor.again(result):
+            changed = standing.disturbed or states.lasting(after) != standing.began
+            return Standing(states.number(START), blocked=not changed), None
+        fault = None
+        if not actor.allowed(result):
+            fault = Fault("result", f"{actor.name} ended with {outcome(result)}")
+        return Standing(states.number(self._prints.of(result)), ended=True), fault
+
+    def _disturb(self, standings: Sequence[Standing], lasting: bool) -> list[Standing]:
+        """Where the others stand after a move that changed something lasting, or not."""
+        if not lasting:
+            return list(standings)
+        return [
+            standing
+            if standing.ended or actor.again is _never
+            else standing._replace(blocked=False, disturbed=standing.began >= 0)
+            for actor, standing in zip(self._actors, standings, strict=True)
+        ]
+
+
+def words(step: Step) -> str:
+    """A step's label and its plain values for people: numbers in hexadecimal."""
+    label, *values = step
+    plain = [hex(v) if type(v) is int else str(v) for v in values if isinstance(v, int | str)]
+    return " ".join([str(label), *plain])
+
+
+def outcome(result: Any) -> str:
+    """A result for people."""
+    return "no result" if result is None else repr(result)
