@@ -7,6 +7,8 @@ Each VM has two slots. The cause strikes the first, where half of the pages are 
 memory and half as shared (a DEFAULT VM has shared memory alone); the second shows what is hit
 although it was not meant. Nothing here knows the answers: it counts entries before and after, and
 listens to what the VM does meanwhile.
+Differs: no scene has an invalid root, though most causes visit those too; nobody waits for
+mmu_lock, so no walk gives it up and flushes in its middle.
 """
 
 from __future__ import annotations
