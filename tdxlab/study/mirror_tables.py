@@ -25,6 +25,35 @@ _IS_LEAF = {state.public: state.is_leaf for state in SEPT_STATES}
 _IS_TABLE = {state.public: state.name == "NL_MAPPED" for state in SEPT_STATES}
 _STATUS = 0xFFFF_FFFF_0000_0000
 
+# -- a walk
+
+
+class WalkTexts(NamedTuple):
+    """A `WalkRow` for people: raw entries in hexadecimal, "-" where there is none."""
+
+    level: str
+    entry: int
+    mirror: str
+    spte: str
+    external: str
+    septe: str
+
+
+def walk_rows(lab: MirrorLab, gfn: int) -> list[WalkTexts]:
+    """The walk to `gfn` in both trees, from the root down."""
+    return [
+        WalkTexts(
+            row.level,
+            row.entry,
+            row.mirror,
+            f"{row.spte:#018x}" if row.mirror_hpa else "-",
+            row.external,
+            f"{row.septe:#018x}" if row.external_hpa else "-",
+        )
+        for row in lab.walk(gfn)
+    ]
+
+
 # -- tables
 
 
@@ -112,8 +141,8 @@ def layouts(gpaw: int, pages: int = 128) -> dict[str, MirrorLab]:
 def table_count(gfns: Sequence[int], levels: int) -> int:
     """Tables that must be added below the root to map these gfns: T(S).
 
-    levels: 4 or 5. For each level k below the root, as many tables as there are different gfn >> 9k;
-    the root is there from the beginning.
+    levels: 4 or 5. For each level k below the root's, as many tables as there are different
+    gfn >> 9k; the root is there from the beginning.
     """
     return sum(len({gfn >> 9 * level for gfn in gfns}) for level in range(1, levels))
 
@@ -154,8 +183,8 @@ def first_fault_rows(gpaw: int) -> list[FirstFault]:
 
 
 class PriceRow(NamedTuple):
-    """What it costs to learn of every gfn whether it is mapped, and at which level. entries_read: of
-    the mirror. found: gfns that are mapped.
+    """What it costs to learn of every gfn whether it is mapped, and at which level. entries_read:
+    of the mirror. found: gfns that are mapped.
     """
 
     way: str
@@ -251,9 +280,9 @@ def price_rows(lab: MirrorLab, gfns: Sequence[int]) -> list[PriceRow]:
     """What each way costs for the same question."""
     rows = []
     for way, ask in WAYS.items():
-        before = _reads(lab)
+        before = sept_rd_count(lab)
         found, read = ask(lab, gfns)
-        rows.append(PriceRow(way, len(gfns), _reads(lab) - before, read, len(found)))
+        rows.append(PriceRow(way, len(gfns), sept_rd_count(lab) - before, read, len(found)))
     return rows
 
 
@@ -273,5 +302,6 @@ def price_curve(lab: MirrorLab, ends: Sequence[int]) -> list[PriceRow]:
     return [row for end in ends for row in price_rows(lab, range(end))]
 
 
-def _reads(lab: MirrorLab) -> int:
+def sept_rd_count(lab: MirrorLab) -> int:
+    """TDH.MEM.SEPT.RD called so far."""
     return lab.machine.seamcalls.get("TDH.MEM.SEPT.RD", 0)

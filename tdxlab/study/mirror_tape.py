@@ -226,11 +226,9 @@ def short_label(label: str) -> str:
 
 
 def _inputs(event: Event) -> dict[str, int]:
-    """RAX, the leaf's operands, and whatever else is not zero."""
-    leaf = _LEAVES.get(event.kind, {}).get(event.number)
-    operands = leaf.inputs if leaf else {}
+    """RAX, RCX, and the other registers that are not zero."""
     given = event.inputs.items()
-    return {"rax": event.number} | {name: n for name, n in given if n or name in operands}
+    return {"rax": event.number} | {name: n for name, n in given if n or name == "rcx"}
 
 
 def _finished(event: Event, action: Action) -> Action:
