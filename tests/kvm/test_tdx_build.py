@@ -8,6 +8,7 @@ from td_scene import HVA, PAGE_SIZE, TdScene, tables
 from tdxlab.abi import leaves as abi
 from tdxlab.abi.status import TDX_OPERAND_BUSY, TDX_PAGE_METADATA_INCORRECT
 from tdxlab.arch import PAGE_SHIFT
+from tdxlab.kvm import tdx_hooks
 from tdxlab.kvm.set_attributes import kvm_vm_set_mem_attributes
 from tdxlab.kvm.tdx import TD_STATE_INITIALIZED, TD_STATE_RUNNABLE
 from tdxlab.kvm.tdx_build import MemRegion, tdx_vcpu_init_mem_region
@@ -140,3 +141,12 @@ def test_finalize_kills_the_vm_after_a_hard_error(td: TdScene) -> None:
 def test_finalize_refuses_a_td_that_was_never_initialised(td: TdScene) -> None:
     td.destroy()
     assert td.finalize() == -EINVAL
+
+
+def test_init_mem_region_bug_when_nobody_premapped_the_page(
+    td: TdScene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tdx_hooks, "_tdx_mem_page_record_premap_cnt", lambda tdx: 0)
+    td.add(4)
+    assert td.vm.vm_bugged == "a page was added that was not premapped"
+    assert td.tdx.nr_premapped == 0

@@ -321,3 +321,10 @@ def test_alloc_page_says_when_memory_is_used_up() -> None:
     while (hpa := td.tdx.alloc_page("test")) != NO_PAGE:
         assert td.host.pages.in_use[hpa] == "test of TD"
     assert td.tdx.alloc_page("test") == NO_PAGE
+
+
+def test_remove_external_spte_bug_for_a_page_that_is_not_4k(td: TdScene) -> None:
+    before = td.count()
+    assert run(td.tdx.remove_external_spte(0x200, 2, 0x1000)) == -EINVAL
+    assert "only 4 KiB pages are possible" in td.vm.vm_bugged
+    assert td.since(before) == {}
