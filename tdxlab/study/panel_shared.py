@@ -24,6 +24,7 @@ from tdxlab.study.shared_views import (
     SIZE_LOOKS,
     bit_strip,
     dirty_view,
+    sentence,
     table_view,
 )
 
@@ -155,7 +156,7 @@ class SharedPanel(Panel):
     def _entry(self) -> str:
         entry = self.lab.entry(*self.chosen)
         if entry is None:
-            return "<p>There is no direct EPT yet: the vCPU gets one when it runs.</p>"
+            return sentence("There is no direct EPT yet: the vCPU gets one when it runs.")
         kind = kind_of(self.lab, entry.raw, entry.level)
         return bit_strip(entry.raw, level=entry.level, kind=kind)
 

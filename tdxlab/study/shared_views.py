@@ -73,6 +73,10 @@ FAULT_LOOKS: dict[str, Look] = {
 }
 
 
+#: Pixels that a map is wide.
+_VIEW_WIDTH = 420
+
+
 def look_of(lab: SharedLab, raw: int, level: int) -> Look | None:
     """How an SPTE is drawn; None if it is empty."""
     kind = kind_of(lab, raw, level)
@@ -91,14 +95,19 @@ def table_view(lab: SharedLab, gpa: int, level: int) -> str:
     if not table:
         above = lab.walk(gpa)
         what = f"the {level_name(above[-1].level)} entry" if above else "the root"
-        return (
-            f"<p>No table of {name} entries on the way to this page: the walk ends at {what}.</p>"
+        return sentence(
+            f"No table of {name} entries on the way to this page: the walk ends at {what}."
         )
     looks = {index: look_of(lab, raw, level) for index, raw in enumerate(table)}
     cells = {index: look for index, look in looks.items() if look is not None}
     index = next(entry.place for entry in lab.walk(gpa) if entry.level == level)
     shown = entry_map(cells, title=f"512 {name} entries; the chosen page is under number {index}")
     return shown.replace("</svg>", f"{_frame(index)}</svg>")
+
+
+def sentence(words: str) -> str:
+    """Words in the place of a map, as wide as one."""
+    return f'<p style="width:{_VIEW_WIDTH}px;max-width:100%">{words}</p>'
 
 
 def _frame(index: int) -> str:
@@ -112,7 +121,7 @@ def _frame(index: int) -> str:
 def dirty_view(lab: SharedLab, size: str, page: int) -> str:
     """The dirty bitmap of the 512 pages around `page`; a sentence where there is none."""
     if not lab.is_logging(size):
-        return f"<p>The {size} memory is not logged: it has no bitmap.</p>"
+        return sentence(f"The {size} memory is not logged: it has no bitmap.")
     first = page - page % ENTRIES_PER_TABLE
     dirty = lab.dirty(size)
     cells = {number - first: _DIRTY for number in dirty if 0 <= number - first < ENTRIES_PER_TABLE}
