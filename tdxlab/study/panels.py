@@ -30,6 +30,7 @@ import traceback
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from html import escape
+from threading import RLock
 from typing import Any
 
 import ipywidgets
@@ -61,6 +62,7 @@ class Panel:
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
         self.error = ""
+        self._alone = RLock()
         self.reset = self.button(
             "Reset", "tdxlab-reset", lambda: self.tape.seek(0), icon="fast-backward"
         )
@@ -126,14 +128,18 @@ class Panel:
         return made
 
     def act(self, handler: Callable[[], object]) -> None:
-        """Call `handler` and redraw; what either raises is shown in the panel."""
-        self.error = ""
-        self._problem.value = ""
-        for part in (handler, self.draw):
-            try:
-                part()
-            except Exception as problem:
-                self._show_problem(problem)
+        """Call `handler` and redraw; what either raises is shown in the panel.
+
+        One at a time: what the browser reports may arrive in another thread than the cells'.
+        """
+        with self._alone:
+            self.error = ""
+            self._problem.value = ""
+            for part in (handler, self.draw):
+                try:
+                    part()
+                except Exception as problem:
+                    self._show_problem(problem)
 
     def draw(self) -> None:
         """Show the present state everywhere."""

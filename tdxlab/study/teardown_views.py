@@ -37,7 +37,7 @@ from tdxlab.study.teardown_lab import (
 )
 from tdxlab.study.teardown_tables import CostRow, OrderRow, TimeRow
 
-_TILE, _STEP, _LEFT, _TOP, _COLUMNS = 14, 16, 84, 6, 24
+_TILE, _STEP, _LEFT, _TOP, _COLUMNS = 13, 14, 70, 6, 24
 
 #: What the host has of a page -> its look.
 HOST_LOOKS = {
@@ -68,7 +68,7 @@ def _grid(rows: Sequence[PageRow], look_of: Callable[[PageRow], Look], said: str
             look = look_of(row)
             hint = f"{role} {row.hpa:#x}: {look.name}{f', {row.cause}' if row.cause else ''}"
             body.append(tile(_LEFT + place * _STEP, y, look, size=_TILE, hint=hint))
-        y += _STEP + 2
+        y += _STEP + 3
     body.append(_legend([look_of(row) for row in rows], y + 14))
     return drawing(_LEFT + _COLUMNS * _STEP + 4, y + 22, said, body)
 
@@ -135,7 +135,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         + "</tr>"
         for row in rows
     )
-    style = "font-size:12px;line-height:1.3;max-width:440px;overflow-wrap:anywhere"
+    style = "font-size:12px;line-height:1.3;max-width:400px;overflow-wrap:anywhere"
     return f'<table style="{style}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
