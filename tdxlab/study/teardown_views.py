@@ -135,7 +135,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         + "</tr>"
         for row in rows
     )
-    style = "font-size:12px;line-height:1.3;max-width:400px;overflow-wrap:anywhere"
+    style = "font-size:12px;line-height:1.3;max-width:400px;overflow-wrap:break-word"
     return f'<table style="{style}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
