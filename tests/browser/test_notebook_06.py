@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from tdxlab.study.panel_shared import SharedPanel
@@ -20,11 +18,9 @@ def here() -> SharedPanel:
 
 
 @pytest.fixture
-def shown(lab_page: Callable[[str], LabPage], here: SharedPanel) -> PanelPage:
+def shown(notebook: LabPage, here: SharedPanel) -> PanelPage:
     """The notebook's panel; its controls stand as the notebook's last cell left them."""
-    opened = lab_page(NOTEBOOK)
-    opened.run_all()
-    page = PanelPage(opened.page)
+    page = PanelPage(notebook.page)
     here.page.value = 600
     page.click("tdxlab-retell", then="Step 0 of 14")
     return page
