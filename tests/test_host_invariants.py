@@ -469,7 +469,7 @@ def test_check_passes_when_a_page_cannot_be_reclaimed(young: Bench) -> None:
 def test_check_notices_a_kernel_that_zaps_the_mirror_alone(
     young: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tdp_set, "remove_external_spte", done())
+    monkeypatch.setattr(tdp_set, "_remove_leaf", done(0))
     young.td.punch_hole(PRIVATE, 0x1000)
     assert "mirror leaves are sept leaves" in broken(young.machine)
 

@@ -23,7 +23,7 @@ from errno import EFAULT, EINTR, EINVAL, EIO, ENOENT, EOPNOTSUPP
 from tdxlab.arch import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
 from tdxlab.kvm.caches import mmu_topup_memory_caches
 from tdxlab.kvm.fast_fault import fast_page_fault, page_fault_can_be_fast
-from tdxlab.kvm.locks import READ
+from tdxlab.kvm.locks import LOCKING, READ
 from tdxlab.kvm.mmio_fault import handle_mmio_page_fault, vcpu_cache_mmio_info
 from tdxlab.kvm.notifier import mmu_invalidate_retry_gfn, mmu_invalidate_retry_gfn_unsafe
 from tdxlab.kvm.page_fault import (
@@ -45,7 +45,7 @@ from tdxlab.kvm.role import INVALID
 from tdxlab.kvm.roots import kvm_mmu_reload
 from tdxlab.kvm.slots import KVM_MEM_GUEST_MEMFD, KVM_MEM_READONLY, KVM_MEMSLOT_INVALID, Slot
 from tdxlab.kvm.tdp_mmu import kvm_tdp_mmu_map
-from tdxlab.kvm.vm import INVALID_PAGE, MemoryFault, Vcpu, pages_per_level
+from tdxlab.kvm.vm import INVALID_PAGE, MemoryFault, Vcpu, Vm, pages_per_level
 from tdxlab.steps import Step
 
 Doing = Generator[Step, None, int]
@@ -89,7 +89,13 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> Doing:
     ):
         error_code |= PFERR_PRIVATE_ACCESS
     vcpu.count("pf_taken")
-    ret, _ = yield from kvm_mmu_do_page_fault(vcpu, gpa, error_code)
+    fault = _make_fault(vm, gpa, error_code, False)
+    ret = yield from kvm_tdp_mmu_page_fault(vcpu, fault)
+    if ret == RET_PF_FIXED:
+        vcpu.count("pf_fixed")
+        return ret
+    if ret == RET_PF_EMULATE:
+        ret = _emulate(vcpu, fault)
     if ret == RET_PF_INVALID:
         vm.bug("kvm_mmu_page_fault: a fault was neither handled nor refused")
         return -EIO
@@ -110,17 +116,29 @@ def kvm_mmu_do_page_fault(
 
     prefetch: nobody accessed the page yet. Source: mmu_internal.h, kvm_mmu_do_page_fault.
     """
-    vm = vcpu.vm
-    fault = PageFault.from_error_code(gpa, error_code, prefetch=prefetch)
+    fault = _make_fault(vcpu.vm, gpa, error_code, prefetch)
+    ret = yield from kvm_tdp_mmu_page_fault(vcpu, fault)
+    if ret == RET_PF_EMULATE:
+        ret = _emulate(vcpu, fault)
+    return ret, fault.goal_level
+
+
+def _make_fault(vm: Vm, gpa: int, error_code: int, prefetch: bool) -> PageFault:
+    """The fault, its gfn without the shared bit, and the memslot that holds the gfn."""
+    fault = PageFault(gpa, error_code, prefetch)
     if vm.params.nx_huge_pages:
         fault.nx_huge_page_workaround_enabled = True
     fault.gfn = gfn = gpa >> PAGE_SHIFT & ~vm.gfn_direct_bits
     fault.slot = vm.slots.find(gfn)
-    ret = yield from kvm_tdp_mmu_page_fault(vcpu, fault)
-    if ret == RET_PF_EMULATE and fault.is_private:
-        kvm_mmu_prepare_memory_fault_exit(vcpu, fault)
-        ret = -EFAULT
-    return ret, fault.goal_level
+    return fault
+
+
+def _emulate(vcpu: Vcpu, fault: PageFault) -> int:
+    """RET_PF_EMULATE, but nobody can emulate an access to private memory: -EFAULT."""
+    if not fault.is_private:
+        return RET_PF_EMULATE
+    kvm_mmu_prepare_memory_fault_exit(vcpu, fault)
+    return -EFAULT
 
 
 def kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: PageFault) -> Doing:
@@ -141,7 +159,9 @@ def kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: PageFault) -> Doing:
     if ret != RET_PF_CONTINUE:
         return ret
     lock = vm.mmu_lock
-    yield from lock.lock(READ)
+    yield LOCKING[READ]
+    if not lock.try_lock(READ):
+        yield from lock.wait(READ)
     try:
         if is_page_fault_stale(vcpu, fault):
             return RET_PF_RETRY

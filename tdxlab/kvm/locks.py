@@ -17,8 +17,8 @@ from tdxlab.steps import WAIT, Step
 READ = "read"
 WRITE = "write"
 
-#: What is yielded before mmu_lock is tried.
-_LABELS: dict[str, Step] = {mode: (f"{mode}_lock(mmu_lock)",) for mode in (READ, WRITE)}
+#: What is yielded before mmu_lock is tried in a mode.
+LOCKING: dict[str, Step] = {mode: (f"{mode}_lock(mmu_lock)",) for mode in (READ, WRITE)}
 
 Locking = Generator[Step, None, None]
 
@@ -61,14 +61,18 @@ class MmuLock:
 
     def lock(self, mode: str) -> Locking:
         """Take it. mode: READ or WRITE. Yields once before it tries, then while it cannot."""
-        yield _LABELS[mode]
-        if not self._try(mode):
-            self.waiting += 1
-            try:
-                while not self._try(mode):
-                    yield (WAIT, "mmu_lock", mode)
-            finally:
-                self.waiting -= 1
+        yield LOCKING[mode]
+        if not self.try_lock(mode):
+            yield from self.wait(mode)
+
+    def wait(self, mode: str) -> Locking:
+        """Take it after a `try_lock` that failed; yields while it cannot."""
+        self.waiting += 1
+        try:
+            while not self.try_lock(mode):
+                yield (WAIT, "mmu_lock", mode)
+        finally:
+            self.waiting -= 1
 
     def unlock(self, mode: str) -> None:
         """Let go of it."""
@@ -78,7 +82,8 @@ class MmuLock:
         else:
             holders.cells[1] = 0
 
-    def _try(self, mode: str) -> bool:
+    def try_lock(self, mode: str) -> bool:
+        """Take it if it can be had at once."""
         holders = self._holders
         readers, written = holders.view
         if written or (mode == WRITE and readers):
@@ -100,9 +105,9 @@ class NoLock(MmuLock):
         """Nobody waits."""
         return False
 
-    def lock(self, mode: str) -> Locking:
-        """Yield where a lock would be taken, and go on."""
-        yield _LABELS[mode]
+    def try_lock(self, mode: str) -> bool:
+        """Nobody has to wait."""
+        return True
 
     def unlock(self, mode: str) -> None:
         """Nothing to let go of."""

@@ -5,7 +5,6 @@ Source: Linux 6.16, arch/x86/kvm/mmu/mmu_internal.h; arch/x86/include/asm/kvm_ho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,44 +47,35 @@ KVM_PFN_NOSLOT = 1 << 63
 KVM_PFN_ERR_FAULT = 0x7FF << 52
 
 
-@dataclass(slots=True)
 class PageFault:
-    """One fault. addr: GPA as the CPU saw it, shared bit included. gfn: without the shared bit.
+    """One fault. addr: GPA as the CPU saw it, shared bit included. error_code: PFERR_* bits, which
+    say what kind of access it was. prefetch: nobody accessed the page yet. gfn: without the shared
+    bit.
 
     max_level: the greatest level that may be mapped; req_level: what the host's page would allow;
     goal_level: what will be mapped. mmu_seq: `mmu_invalidate_seq` when the pfn was looked up.
     """
 
-    addr: int
-    error_code: int
-    prefetch: bool
-    execute: bool
-    write: bool
-    present: bool
-    rsvd: bool
-    is_private: bool
-    gfn: int = 0
-    slot: Slot | None = None
-    max_level: int = 3
-    req_level: int = 1
-    goal_level: int = 1
-    nx_huge_page_workaround_enabled: bool = False
-    huge_page_disallowed: bool = False
-    mmu_seq: int = 0
-    pfn: int = KVM_PFN_ERR_FAULT
-    map_writable: bool = False
-    write_fault_to_shadow_pgtable: bool = False
+    __slots__ = (
+        *("addr", "error_code", "prefetch", "execute", "write", "present", "rsvd", "is_private"),
+        *("gfn", "slot", "max_level", "req_level", "goal_level", "nx_huge_page_workaround_enabled"),
+        *("huge_page_disallowed", "mmu_seq", "pfn", "map_writable"),
+    )
 
-    @classmethod
-    def from_error_code(cls, addr: int, error_code: int, *, prefetch: bool = False) -> PageFault:
-        """The fault that `error_code` (PFERR_* bits) describes."""
-        return cls(
-            addr,
-            error_code,
-            prefetch,
-            error_code & PFERR_FETCH_MASK != 0,
-            error_code & PFERR_WRITE_MASK != 0,
-            error_code & PFERR_PRESENT_MASK != 0,
-            error_code & PFERR_RSVD_MASK != 0,
-            error_code & PFERR_PRIVATE_ACCESS != 0,
-        )
+    def __init__(self, addr: int, error_code: int, prefetch: bool = False) -> None:
+        self.addr = addr
+        self.error_code = error_code
+        self.prefetch = prefetch
+        self.execute = error_code & PFERR_FETCH_MASK != 0
+        self.write = error_code & PFERR_WRITE_MASK != 0
+        self.present = error_code & PFERR_PRESENT_MASK != 0
+        self.rsvd = error_code & PFERR_RSVD_MASK != 0
+        self.is_private = error_code & PFERR_PRIVATE_ACCESS != 0
+        self.gfn = 0
+        self.slot: Slot | None = None
+        self.max_level = 3
+        self.req_level = self.goal_level = 1
+        self.nx_huge_page_workaround_enabled = self.huge_page_disallowed = False
+        self.mmu_seq = 0
+        self.pfn = KVM_PFN_ERR_FAULT
+        self.map_writable = False

@@ -80,9 +80,28 @@ class TdpIter:
     def __repr__(self) -> str:
         return f"gfn {self.gfn:#x} at level {self.level}: {self.old_spte:#x}"
 
-    def walk(self, end: int, *, links: bool = True) -> Iterator[TdpIter]:
-        """Go on to each entry in turn and give this iterator, while its gfn is below `end`. links:
-        stop at entries that only link a table, too.
+    def descend(self, goal: int) -> None:
+        """Go straight down, from the root or from the entry where this stands, to the entry for the
+        same gfn at level `goal`, or to the first one above that links no table.
+
+        What a walk of one gfn comes to: tdp_iter.c, tdp_iter_start and try_step_down.
+        """
+        memory, gfn = self.vm.memory, self.next_last_level_gfn
+        view, frames = memory.words.view, memory.frames
+        place, level, word = gfn | self.gfn_bits, self.level, self.word
+        shift = LEVEL_BITS * (level - 1)
+        if word < 0:
+            word = frames[self.root.spt >> PAGE_SHIFT] + (place >> shift & _LAST)
+        spte = view[word]
+        while level != goal and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
+            level -= 1
+            shift -= LEVEL_BITS
+            word = frames[(spte & HPA_MASK) >> PAGE_SHIFT] + (place >> shift & _LAST)
+            spte = view[word]
+        self.gfn, self.level, self.word, self.old_spte = gfn >> shift << shift, level, word, spte
+
+    def walk(self, end: int) -> Iterator[TdpIter]:
+        """Go on to each entry in turn and give this iterator, while its gfn is below `end`.
 
         Source: tdp_iter.c, tdp_iter_next and what it tries: down, then sideways, then up.
         """
@@ -105,13 +124,11 @@ class TdpIter:
                 self.old_spte = view[word]
                 if gfn >= end:
                     return
-                spte = self.old_spte
-                if links or level == lowest or spte & _LINK_BITS != SPTE_MMU_PRESENT_MASK:
-                    yield self
-                    if self.yielded:
-                        restart = True
-                        break
-                    spte = view[word]
+                yield self
+                if self.yielded:
+                    restart = True
+                    break
+                spte = view[word]
                 if level != lowest and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
                     level -= 1
                     shift -= LEVEL_BITS
@@ -156,14 +173,9 @@ def for_each_tdp_pte_min_level(
     return TdpIter(vm, root, min_level, start, gfn_root_bits(vm, root)).walk(end)
 
 
-def for_each_tdp_pte(
-    vm: Vm, root: MmuPage, start: int, end: int, *, links: bool = True
-) -> Iterator[TdpIter]:
-    """Visit the entries of `root`, at all levels, that cover gfns from start to end - 1. links:
-    those too that only link a table.
-    """
-    gfn_bits = 0 if root.role & IS_MIRROR else vm.gfn_direct_bits
-    return TdpIter(vm, root, 1, start, gfn_bits).walk(end, links=links)
+def for_each_tdp_pte(vm: Vm, root: MmuPage, start: int, end: int) -> Iterator[TdpIter]:
+    """Visit the entries of `root`, at all levels, that cover gfns from start to end - 1."""
+    return TdpIter(vm, root, 1, start, gfn_root_bits(vm, root)).walk(end)
 
 
 def for_each_tdp_pte_min_level_all(vm: Vm, root: MmuPage, min_level: int) -> Iterator[TdpIter]:

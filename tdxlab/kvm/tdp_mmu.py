@@ -37,7 +37,7 @@ from tdxlab.kvm.spte import (
     make_spte,
     spte_to_pfn,
 )
-from tdxlab.kvm.tdp_iter import TdpIter, for_each_tdp_pte
+from tdxlab.kvm.tdp_iter import TdpIter, for_each_tdp_pte, gfn_root_bits
 from tdxlab.kvm.tdp_set import (
     Doing,
     tdp_mmu_link_sp,
@@ -82,19 +82,22 @@ def kvm_tdp_mmu_map(vcpu: Vcpu, fault: PageFault) -> Doing:
     root = tdp_mmu_get_root_for_fault(vcpu, fault)
     kvm_mmu_hugepage_adjust(vcpu, fault)
     assert vm.mmu_lock.held(READ)
-    links = fault.goal_level > 1 or fault.nx_huge_page_workaround_enabled
-    for it in for_each_tdp_pte(vm, root, fault.gfn, fault.gfn + 1, links=links):
+    it = TdpIter(vm, root, 1, fault.gfn, gfn_root_bits(vm, root))
+    installed = 0
+    while it.valid:
+        it.descend(fault.goal_level)
         spte, level = it.old_spte, it.level
         if fault.nx_huge_page_workaround_enabled:
             disallowed_hugepage_adjust(vm, fault, spte, level)
         if spte == FROZEN_SPTE:
-            return RET_PF_RETRY
+            break
         if level == fault.goal_level:
             return (yield from tdp_mmu_map_handle_target_level(vcpu, fault, it))
         if spte & SPTE_MMU_PRESENT_MASK and not spte & PT_PAGE_SIZE_MASK:
             continue
-        if (yield from _install_table(vcpu, fault, it)):
-            return RET_PF_RETRY
+        if level == installed or (yield from _install_table(vcpu, fault, it)):
+            break
+        installed = level
     return RET_PF_RETRY
 
 

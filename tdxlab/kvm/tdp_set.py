@@ -68,24 +68,23 @@ def tdp_mmu_set_spte_atomic(vm: Vm, it: TdpIter, new_spte: int) -> Doing:
     a mirror's); what a failing hook returned.
     Source: tdp_mmu_set_spte_atomic and __tdp_mmu_set_spte_atomic.
     """
-    old_spte = it.old_spte
-    if it.yielded or old_spte == FROZEN_SPTE:
+    if it.yielded or it.old_spte == FROZEN_SPTE:
         vm.warn("tdp_mmu_set_spte_atomic: the iterator yielded, or saw a frozen entry")
     if it.is_mirror and new_spte != FROZEN_SPTE:
-        if not new_spte & SPTE_MMU_PRESENT_MASK:
-            vm.bug("a mirror entry cannot be cleared under the shared lock")
-            return -EBUSY
-        error = yield from set_external_spte_present(vm, it, new_spte)
-        if error:
-            return error
-    else:
-        yield ("cmpxchg SPTE", it.gfn, it.level, old_spte, new_spte)
-        words = vm.memory.words
-        current = words.view[it.word]
-        if current != old_spte:
-            it.old_spte = current
-            return -EBUSY
-        words.cells[it.word] = new_spte
+        return set_external_spte_present(vm, it, new_spte)
+    return _set_spte_shared(vm, it, new_spte)
+
+
+def _set_spte_shared(vm: Vm, it: TdpIter, new_spte: int) -> Doing:
+    """`tdp_mmu_set_spte_atomic` where there is nothing to tell an external EPT."""
+    old_spte = it.old_spte
+    yield ("cmpxchg SPTE", it.gfn, it.level, old_spte, new_spte)
+    words = vm.memory.words
+    current = words.view[it.word]
+    if current != old_spte:
+        it.old_spte = current
+        return -EBUSY
+    words.cells[it.word] = new_spte
     removed = _note_change(vm, it.as_id, it.gfn, old_spte, new_spte, it.level)
     if removed is not None:
         yield from handle_removed_pt(vm, removed, shared=True)
@@ -93,13 +92,17 @@ def tdp_mmu_set_spte_atomic(vm: Vm, it: TdpIter, new_spte: int) -> Doing:
 
 
 def set_external_spte_present(vm: Vm, it: TdpIter, new_spte: int) -> Doing:
-    """Install `new_spte` in a mirror, and what it stands for in the external EPT.
+    """`tdp_mmu_set_spte_atomic` in a mirror: install `new_spte`, and what it stands for in the
+    external EPT.
 
     Returns 0; -EBUSY if the entry changed meanwhile; what the hook returned if that failed: the old
-    value is back then.
+    value is back then. Clearing an entry ends the VM.
     Source: set_external_spte_present.
     """
     old_spte, gfn, level, word = it.old_spte, it.gfn, it.level, it.word
+    if not new_spte & SPTE_MMU_PRESENT_MASK:
+        vm.bug("a mirror entry cannot be cleared under the shared lock")
+        return -EBUSY
     if old_spte & SPTE_MMU_PRESENT_MASK:
         vm.bug("set_external_spte_present: the mirror entry is present already")
     yield ("cmpxchg FROZEN_SPTE", gfn, level, old_spte)
@@ -114,10 +117,16 @@ def set_external_spte_present(vm: Vm, it: TdpIter, new_spte: int) -> Doing:
     else:
         external_spt = _external_spt(vm, gfn, level, new_spte)
         error = yield from vm.external.link_external_spt(gfn, level, external_spt)
-    value = old_spte if error else new_spte
-    yield ("restore SPTE" if error else "publish SPTE", gfn, level, value)
-    words.cells[word] = value
-    return error
+    if error:
+        yield ("restore SPTE", gfn, level, old_spte)
+        words.cells[word] = old_spte
+        return error
+    yield ("publish SPTE", gfn, level, new_spte)
+    words.cells[word] = new_spte
+    removed = _note_change(vm, it.as_id, gfn, old_spte, new_spte, level)
+    if removed is not None:
+        yield from handle_removed_pt(vm, removed, shared=True)
+    return 0
 
 
 def _external_spt(vm: Vm, gfn: int, level: int, new_spte: int) -> int:
@@ -150,7 +159,6 @@ def tdp_mmu_set_spte(
     new_spte: int,
     gfn: int,
     level: int,
-    *,
     mirror: bool,
 ) -> Doing:
     """Replace the SPTE in word `word`; mmu_lock held for write. Returns what it really was.
@@ -166,7 +174,10 @@ def tdp_mmu_set_spte(
     if mirror:
         if new_spte & SPTE_MMU_PRESENT_MASK:
             vm.bug("tdp_mmu_set_spte: a mirror entry is installed under the exclusive lock")
-        yield from remove_external_spte(vm, gfn, old_spte, level)
+        if is_last_spte(old_spte, level):
+            error = yield from _remove_leaf(vm, gfn, old_spte, level)
+            if error:
+                _not_removed(vm, gfn, error)
     return old_spte
 
 
@@ -199,13 +210,21 @@ def remove_external_spte(vm: Vm, gfn: int, old_spte: int, level: int) -> Work:
     Links are not removed here: tables go through free_external_spt. A failing hook is a bug.
     Source: remove_external_spte.
     """
-    if not is_last_spte(old_spte, level):
-        return
+    if is_last_spte(old_spte, level):
+        error = yield from _remove_leaf(vm, gfn, old_spte, level)
+        if error:
+            _not_removed(vm, gfn, error)
+
+
+def _remove_leaf(vm: Vm, gfn: int, old_spte: int, level: int) -> Doing:
+    """The hook's operation for a leaf that is gone."""
     assert vm.mmu_lock.held(WRITE)
     assert vm.external is not None
-    error = yield from vm.external.remove_external_spte(gfn, level, spte_to_pfn(old_spte))
-    if error:
-        vm.bug(f"remove_external_spte: gfn {gfn:#x} could not be removed ({error})")
+    return vm.external.remove_external_spte(gfn, level, spte_to_pfn(old_spte))
+
+
+def _not_removed(vm: Vm, gfn: int, error: int) -> None:
+    vm.bug(f"remove_external_spte: gfn {gfn:#x} could not be removed ({error})")
 
 
 # -- what a change brings with it

@@ -120,7 +120,9 @@ def tdp_mmu_zap_leafs(
         spte = it.old_spte
         if not spte & SPTE_MMU_PRESENT_MASK or (it.level > 1 and not spte & PT_PAGE_SIZE_MASK):
             continue
-        yield from tdp_mmu_iter_set_spte(vm, it, SHADOW_NONPRESENT_VALUE)
+        yield from tdp_mmu_set_spte(
+            vm, it.as_id, it.word, spte, SHADOW_NONPRESENT_VALUE, it.gfn, it.level, it.is_mirror
+        )
         wanted = can_yield and is_lock_wanted(vm)
         flush = flush or not is_invalid_root(vm, root)
     return flush

@@ -185,20 +185,12 @@ def do_pre_fault(rig: Rig, args: Args, out: Out) -> int:
 def do_tdp_map(rig: Rig, args: Args, out: Out) -> int | str:
     """kvm_tdp_mmu_map of a fault that is made by hand."""
     vcpu, gpa = reload(rig, args), address(rig, args)
-    made = PageFault(
-        addr=gpa,
-        error_code=0,
-        prefetch=args.flag("prefetch"),
-        execute=args.flag("exec"),
-        write=args.flag("write"),
-        present=False,
-        rsvd=False,
-        is_private=args.flag("private"),
-        gfn=gpa >> PAGE_SHIFT & ~rig.vm.gfn_direct_bits,
-        max_level=args.number("max_level", 3),
-        pfn=args.number("pfn"),
-        map_writable=args.flag("writable", 1),
-    )
+    made = PageFault(gpa, 0, args.flag("prefetch"))
+    made.execute, made.write = args.flag("exec"), args.flag("write")
+    made.is_private = args.flag("private")
+    made.gfn = gpa >> PAGE_SHIFT & ~rig.vm.gfn_direct_bits
+    made.max_level, made.pfn = args.number("max_level", 3), args.number("pfn")
+    made.map_writable = args.flag("writable", 1)
     made.slot = rig.vm.slots.find(made.gfn)
     ret = finish(tdp_mmu.kvm_tdp_mmu_map(vcpu, made))
     out.update(

@@ -189,7 +189,7 @@ def fault_in(scene: FaultScene, gpa: int, code: int = READ_CODE) -> tuple[int, i
 
 def a_fault(scene: FaultScene, gfn: int, code: int = READ_CODE) -> PageFault:
     """A fault as `kvm_mmu_do_page_fault` fills it in. gfn: with the shared bit or without."""
-    fault = PageFault.from_error_code(gfn << 12, code)
+    fault = PageFault(gfn << 12, code)
     fault.gfn = gfn & ~scene.vm.gfn_direct_bits
     fault.slot = scene.vm.slots.find(fault.gfn)
     return fault

@@ -53,7 +53,7 @@ def change(scene: FaultScene, clear: int = 0, value: int | None = None) -> int:
 
 
 def a_fault(scene: FaultScene, error_code: int = WRITE_PRESENT) -> PageFault:
-    fault = PageFault.from_error_code(GFN << 12, error_code)
+    fault = PageFault(GFN << 12, error_code)
     fault.gfn = GFN
     fault.slot = scene.vm.slots.find(GFN)
     return fault

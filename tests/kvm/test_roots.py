@@ -334,8 +334,8 @@ def test_invalidate_roots_leaves_roots_alone_that_are_invalid_already(
 
 
 def test_root_for_fault_follows_the_shared_bit_of_the_address(bench: MmuBench, vcpu: Vcpu) -> None:
-    private = PageFault.from_error_code(0x1000, 0)
-    shared = PageFault.from_error_code(SHARED_BIT << 12 | 0x1000, 1 << 49)
+    private = PageFault(0x1000, 0)
+    shared = PageFault(SHARED_BIT << 12 | 0x1000, 1 << 49)
     assert tdp_mmu_get_root_for_fault(vcpu, private).is_mirror
     assert not tdp_mmu_get_root_for_fault(vcpu, shared).is_mirror
     assert not kvm_is_addr_direct(bench.vm, private.addr)
@@ -345,7 +345,7 @@ def test_root_for_fault_follows_the_shared_bit_of_the_address(bench: MmuBench, v
 def test_root_for_fault_is_the_direct_one_in_a_vm_without_a_shared_bit() -> None:
     bench = MmuBench()
     vcpu = bench.load()
-    fault = PageFault.from_error_code(0x1000, 1 << 49)
+    fault = PageFault(0x1000, 1 << 49)
     assert tdp_mmu_get_root_for_fault(vcpu, fault) == bench.root(vcpu)
     assert kvm_is_addr_direct(bench.vm, 0)
 

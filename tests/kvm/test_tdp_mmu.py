@@ -71,7 +71,7 @@ class Faults:
         """A fault whose page is known already; private in a mirror."""
         code = PFERR_WRITE_MASK if write else 0
         code |= PFERR_PRIVATE_ACCESS if self.mirror else 0
-        fault = PageFault.from_error_code(gfn << 12, code)
+        fault = PageFault(gfn << 12, code)
         fault.gfn, fault.pfn, fault.slot = gfn, pfn, SLOT
         fault.max_level, fault.map_writable = 1, True
         for name, value in fields.items():
@@ -144,7 +144,7 @@ def test_kvm_tdp_mmu_map_tells_the_hooks_of_a_mirror_in_the_same_order(mirror: F
 
 def test_kvm_tdp_mmu_map_maps_a_shared_gpa_in_the_direct_root() -> None:
     faults = Faults(mirror=True)
-    shared = PageFault.from_error_code((GFN | SHARED_BIT) << 12, PFERR_WRITE_MASK)
+    shared = PageFault((GFN | SHARED_BIT) << 12, PFERR_WRITE_MASK)
     shared.gfn, shared.pfn, shared.slot, shared.max_level = GFN, PFN, SLOT, 1
     shared.map_writable = True
     assert run(kvm_tdp_mmu_map(faults.vcpus[0], shared)) == RET_PF_FIXED
