@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from tdxlab.study.panel_teardown import TeardownPanel
@@ -21,11 +19,9 @@ def story() -> TeardownPanel:
 
 
 @pytest.fixture
-def shown(lab_page: Callable[[str], LabPage]) -> PanelPage:
+def shown(notebook: LabPage) -> PanelPage:
     """The notebook's panel, with the same teardown."""
-    opened = lab_page(NOTEBOOK)
-    opened.run_all()
-    page = PanelPage(opened.page)
+    page = PanelPage(notebook.page)
     choose(page, "leaf", "nothing fails")
     choose(page, "order", "KeyID last")
     page.click("tdxlab-run", then="KeyID last: the TD is whole")
