@@ -364,7 +364,7 @@ def _nothing(value: Any) -> Operation:
 def test_check_notices_a_kernel_that_does_not_remove(
     young: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tdx_hooks, "_tdx_sept_remove", done(0))
+    monkeypatch.setattr(tdx_hooks, "_tdx_sept_zap_private_spte", done(0))
     young.td.punch_hole(PRIVATE, 0x1000)
     assert "mirror leaves are sept leaves" in broken(young.machine)
 
@@ -372,7 +372,7 @@ def test_check_notices_a_kernel_that_does_not_remove(
 def test_check_notices_a_kernel_that_frees_what_it_could_not_remove(
     young: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tdx_hooks, "_tdx_sept_remove", done(0))
+    monkeypatch.setattr(tdx_hooks, "_tdx_sept_zap_private_spte", done(0))
     young.td.guest_memory.page_refs.drop(young.spte(PRIVATE) >> PAGE_SHIFT & (1 << 40) - 1)
     young.td.punch_hole(PRIVATE, 0x1000)
     assert "the module owns no free page" in broken(young.machine, "always")

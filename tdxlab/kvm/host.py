@@ -95,7 +95,7 @@ class KvmHost:
     its TD. exits: LP -> TdExit that its thread has not yet seen. ipis: LPs with an interrupt that
     they have not yet taken. associated: LP -> vCPUs that may have state cached there. vm_list: the
     VMs that exist, the oldest first. tdx_lock: one mutex for the SEAMCALLs that want the module's
-    KeyID table. current_lp: smp_processor_id() of the thread that runs.
+    KeyID table. current_lp: smp_processor_id() of the thread that runs. running: holds it.
     Refuses a machine without memory for guests: ValueError.
     """
 
@@ -124,7 +124,7 @@ class KvmHost:
         self.associated = Table(self.journal)
         self.tdx_lock = Mutex(self.journal, "tdx_lock")
         self.counters = Words(self.journal, len(HOST_COUNTERS))
-        self._running = _Running()
+        self.running = _Running()
 
     # -- counting
 
@@ -156,11 +156,11 @@ class KvmHost:
     @property
     def current_lp(self) -> int:
         """smp_processor_id() of the thread that runs."""
-        return self._running.lp
+        return self.running.lp
 
     def on_cpu(self, lp: int, operation: Operation) -> Operation:
         """Run `operation` as a thread on `lp`; yields and returns what it does."""
-        running = self._running
+        running = self.running
         try:
             while True:
                 caller, running.lp = running.lp, lp

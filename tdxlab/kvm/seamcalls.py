@@ -46,23 +46,23 @@ def sc_retry(host: KvmHost, leaf: int, registers: Registers, label: Step) -> Sta
 
     Source: asm/tdx.h, sc_retry.
     """
-    status = TDX_RND_NO_ENTROPY
-    calls = 0
-    while status == TDX_RND_NO_ENTROPY and calls < RDRAND_RETRY_LOOPS:
+    for _ in range(RDRAND_RETRY_LOOPS):
         yield label
-        status = yield from host.hardware.seamcall_steps(host.current_lp, leaf, registers)
-        calls += 1
+        lp = host.running.lp
+        status: int = yield from host.hardware.seamcall_steps(lp, leaf, registers)
+        if status != TDX_RND_NO_ENTROPY:
+            break
     return status
 
 
 def sc_retry_ret(host: KvmHost, leaf: int, registers: Registers, label: Step) -> Answered:
     """As `sc_retry`, for callers that want RCX and RDX too. Source: tdx.c, seamcall_ret."""
-    status = TDX_RND_NO_ENTROPY
-    calls = 0
-    while status == TDX_RND_NO_ENTROPY and calls < RDRAND_RETRY_LOOPS:
+    for _ in range(RDRAND_RETRY_LOOPS):
         yield label
-        status = yield from host.hardware.seamcall_steps(host.current_lp, leaf, registers)
-        calls += 1
+        lp = host.running.lp
+        status: int = yield from host.hardware.seamcall_steps(lp, leaf, registers)
+        if status != TDX_RND_NO_ENTROPY:
+            break
     return Answer(status, registers.rcx, registers.rdx)
 
 
@@ -198,7 +198,7 @@ def tdh_mr_finalize(host: KvmHost, td: TdxTd) -> Status:
     return sc_retry(host, abi.TDH_MR_FINALIZE, Registers(rcx=td.tdr), label)
 
 
-# -- private memory; `sept_level` is the module's
+# -- private memory; `sept_level` is the module's, and Registers begin with RCX, RDX, R8
 
 
 def tdh_mem_page_add(host: KvmHost, td: TdxTd, gpa: int, page: int, source: int) -> Answered:
@@ -212,7 +212,7 @@ def tdh_mem_page_add(host: KvmHost, td: TdxTd, gpa: int, page: int, source: int)
 def tdh_mem_sept_add(host: KvmHost, td: TdxTd, gpa: int, sept_level: int, page: int) -> Answered:
     """TDH.MEM.SEPT.ADD. gpa, sept_level: of the entry that is to point at the new table `page`."""
     tdx_clflush_page(host, page)
-    registers = Registers(rcx=gpa | sept_level, rdx=td.tdr, r8=page)
+    registers = Registers(gpa | sept_level, td.tdr, page)
     label = ("TDH.MEM.SEPT.ADD", gpa, sept_level, page)
     return sc_retry_ret(host, abi.TDH_MEM_SEPT_ADD, registers, label)
 
@@ -220,21 +220,21 @@ def tdh_mem_sept_add(host: KvmHost, td: TdxTd, gpa: int, sept_level: int, page: 
 def tdh_mem_page_aug(host: KvmHost, td: TdxTd, gpa: int, sept_level: int, page: int) -> Answered:
     """TDH.MEM.PAGE.AUG."""
     tdx_clflush_page(host, page)
-    registers = Registers(rcx=gpa | sept_level, rdx=td.tdr, r8=page)
+    registers = Registers(gpa | sept_level, td.tdr, page)
     label = ("TDH.MEM.PAGE.AUG", gpa, sept_level, page)
     return sc_retry_ret(host, abi.TDH_MEM_PAGE_AUG, registers, label)
 
 
 def tdh_mem_range_block(host: KvmHost, td: TdxTd, gpa: int, sept_level: int) -> Answered:
     """TDH.MEM.RANGE.BLOCK."""
-    registers = Registers(rcx=gpa | sept_level, rdx=td.tdr)
+    registers = Registers(gpa | sept_level, td.tdr)
     label = ("TDH.MEM.RANGE.BLOCK", gpa, sept_level)
     return sc_retry_ret(host, abi.TDH_MEM_RANGE_BLOCK, registers, label)
 
 
 def tdh_mem_page_remove(host: KvmHost, td: TdxTd, gpa: int, sept_level: int) -> Answered:
     """TDH.MEM.PAGE.REMOVE."""
-    registers = Registers(rcx=gpa | sept_level, rdx=td.tdr)
+    registers = Registers(gpa | sept_level, td.tdr)
     label = ("TDH.MEM.PAGE.REMOVE", gpa, sept_level)
     return sc_retry_ret(host, abi.TDH_MEM_PAGE_REMOVE, registers, label)
 
@@ -242,7 +242,7 @@ def tdh_mem_page_remove(host: KvmHost, td: TdxTd, gpa: int, sept_level: int) -> 
 def tdh_mem_track(host: KvmHost, td: TdxTd) -> Status:
     """TDH.MEM.TRACK."""
     label = ("TDH.MEM.TRACK", td.tdr)
-    return sc_retry(host, abi.TDH_MEM_TRACK, Registers(rcx=td.tdr), label)
+    return sc_retry(host, abi.TDH_MEM_TRACK, Registers(td.tdr), label)
 
 
 # -- physical memory
@@ -270,6 +270,6 @@ def tdh_phymem_page_wbinvd_tdr(host: KvmHost, td: TdxTd) -> Status:
 
 def tdh_phymem_page_wbinvd_hkid(host: KvmHost, hkid: int, page: int) -> Status:
     """TDH.PHYMEM.PAGE.WBINVD of `page` as it was written under `hkid`."""
-    registers = Registers(rcx=host.mk_keyed_paddr(hkid, page))
+    registers = Registers(host.mk_keyed_paddr(hkid, page))
     label = ("TDH.PHYMEM.PAGE.WBINVD", page, hkid)
     return sc_retry(host, abi.TDH_PHYMEM_PAGE_WBINVD, registers, label)

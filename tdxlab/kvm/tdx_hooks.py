@@ -97,22 +97,23 @@ def tdx_sept_remove_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Ho
     Returns 0; -EINVAL or -EIO with the VM dead. Where it fails the page keeps its reference for
     ever: it is lost.
     """
-    ret = yield from _tdx_sept_remove(tdx, gfn, level, pfn)
-    hpa = pfn << PAGE_SHIFT
-    if ret and tdx.host.pages.use_of(hpa):
-        tdx.host.pages.leak(hpa, tdx.vm.vm_bugged)
+    if tdx.is_hkid_assigned:
+        ret = yield from _tdx_sept_zap_private_spte(tdx, gfn, level, pfn)
+        if ret > 0:
+            yield from tdx_track(tdx)
+            ret = yield from _tdx_sept_drop_private_spte(tdx, gfn, level, pfn)
+    else:
+        tdx.vm.bug("a private page is removed without a KeyID")
+        ret = -EINVAL
+    if ret:
+        _leak(tdx, pfn << PAGE_SHIFT)
     return ret
 
 
-def _tdx_sept_remove(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
-    if not tdx.is_hkid_assigned:
-        tdx.vm.bug("a private page is removed without a KeyID")
-        return -EINVAL
-    zapped = yield from _tdx_sept_zap_private_spte(tdx, gfn, level, pfn)
-    if zapped <= 0:
-        return zapped
-    yield from tdx_track(tdx)
-    return (yield from _tdx_sept_drop_private_spte(tdx, gfn, level, pfn))
+def _leak(tdx: Tdx, hpa: int) -> None:
+    """The module still has the page: nobody may use it again."""
+    if tdx.host.pages.use_of(hpa):
+        tdx.host.pages.leak(hpa, tdx.vm.vm_bugged)
 
 
 def _tdx_sept_zap_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
@@ -120,8 +121,10 @@ def _tdx_sept_zap_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook
     if level != 1:
         tdx.vm.bug(f"a private page at level {level} is zapped: only 4 KiB pages are possible")
         return -EINVAL
-    host, td, gpa, sept_level = tdx.host, tdx.td, gfn_to_gpa(gfn), pg_level_to_tdx_sept_level(level)
+    host, td, gpa, sept_level = tdx.host, tdx.td, gfn << PAGE_SHIFT, level - 1
     answer = yield from tdh_mem_range_block(host, td, gpa, sept_level)
+    if not answer.status:
+        return 1
     if tdx_operand_busy(answer.status):
         again = tdh_mem_range_block(host, td, gpa, sept_level)
         answer = yield from _retry_without_vcpus(tdx, again)
@@ -155,7 +158,7 @@ def tdx_track(tdx: Tdx) -> Doing:
     if not tdx.is_runnable:
         return
     status = yield from tdh_mem_track(tdx.host, tdx.td)
-    if tdx_operand_busy(status):
+    if status and tdx_operand_busy(status):
         status = yield from _retry_without_vcpus(tdx, tdh_mem_track(tdx.host, tdx.td))
     if status:
         tdx.bug_on("TDH_MEM_TRACK", status)
@@ -164,9 +167,9 @@ def tdx_track(tdx: Tdx) -> Doing:
 
 def _tdx_sept_drop_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
     """Take the page out of the TD, write its lines back, clear it, drop its reference."""
-    host, td, gpa, sept_level = tdx.host, tdx.td, gfn_to_gpa(gfn), pg_level_to_tdx_sept_level(level)
+    host, td, gpa, sept_level = tdx.host, tdx.td, gfn << PAGE_SHIFT, level - 1
     answer = yield from tdh_mem_page_remove(host, td, gpa, sept_level)
-    if tdx_operand_busy(answer.status):
+    if answer.status and tdx_operand_busy(answer.status):
         again = tdh_mem_page_remove(host, td, gpa, sept_level)
         answer = yield from _retry_without_vcpus(tdx, again)
     if answer.status:
