@@ -96,12 +96,16 @@ class Crew:
         self._states = states
         self._prints = prints
         self._operations: list[Operation | None] = [None for _ in actors]
-        #: what each actor will do next
-        self.labels = [START for _ in actors]
+        self._steps: list[Step] = [(START,) for _ in actors]
 
     def beginning(self) -> Situation:
         """The situation before the first move."""
         return Situation({}, tuple(Standing(self._states.number(START)) for _ in self._actors))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What each actor will do next, for people."""
+        return tuple(map(words, self._steps))
 
     def close(self) -> None:
         """Give up what is in flight; it lets go of its locks, so the machine changes."""
@@ -114,14 +118,14 @@ class Crew:
         try:
             self._next(number)
         except StopIteration:
-            self._operations[number], self.labels[number] = None, START
+            self._operations[number], self._steps[number] = None, (START,)
 
     def _next(self, number: int) -> Step:
         operation = self._operations[number]
         if operation is None:
             operation = self._operations[number] = self._actors[number].start()
         step = next(operation)
-        self.labels[number] = words(step)
+        self._steps[number] = step
         return step
 
     def move(self, number: int, at: Situation) -> Moved | None:
@@ -130,7 +134,7 @@ class Crew:
         at: the situation in which the machine and this crew are.
         """
         journal = self._states.journal
-        mark, label = journal.mark(), self.labels[number]
+        mark, label = journal.mark(), words(self._steps[number])
         standing = self._begin(number, at)
         fault = None
         try:
@@ -167,7 +171,7 @@ class Crew:
         self, number: int, standing: Standing, result: Any, after: Differences
     ) -> tuple[Standing, Fault | None]:
         actor, states = self._actors[number], self._states
-        self._operations[number], self.labels[number] = None, START
+        self._operations[number], self._steps[number] = None, (START,)
         if actor.again(result):
             changed = standing.disturbed or states.lasting(after) != standing.began
             return Standing(states.number(START), blocked=not changed), None

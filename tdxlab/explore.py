@@ -27,6 +27,8 @@ from tdxlab.states import States
 
 #: Moves, repeated ones too, after which an exploration gives up.
 BUDGET = 20_000_000
+#: The whole machine is compared at one in so many returns, what the actors do next at each.
+_COMPARE_EVERY = 16
 #: Progress is told once in so many states.
 _TELL_EVERY = 256
 
@@ -142,7 +144,7 @@ class _Search:
         self._nodes: dict[Hashable, int] = {}
         self._graph = _Graph()
         self._checked: dict[tuple[int, bool], Fault | None] = {}
-        self._moves = 0
+        self._moves = self._returns = 0
         self._complete = True
 
     def run(self) -> None:
@@ -212,7 +214,7 @@ class _Search:
             self._graph.paths[node] = 1
             self._drop(key)
             return node, False
-        labels = tuple(self.crew.labels)
+        labels = self.crew.labels
         self._path.append(_Stop(node, key, situation, labels, situation.candidates))
         return node, True
 
@@ -251,8 +253,12 @@ class _Search:
         for number in self._taken:
             self.crew.repeat(number)
         self._moves += len(self._taken)
-        differences, _ = self._states.update({}, self._states.base)
-        if differences != stop.situation.differences or tuple(self.crew.labels) != stop.labels:
+        self._returns += 1
+        same = self.crew.labels == stop.labels
+        if same and not self._returns % _COMPARE_EVERY:
+            differences, _ = self._states.update({}, self._states.base)
+            same = differences == stop.situation.differences
+        if not same:
             raise RuntimeError(
                 "the same moves led to another state: an operation keeps something that the "
                 "journal cannot take back"

@@ -1,0 +1,326 @@
+"""Scenarios to explore: a machine at the point where a few operations meet, and what they may do.
+
+    race = build("fault-zap", vcpus=2)
+    found = race.explore()
+
+Each scenario has a machine of its own. In all of them hold: the invariants, those of every moment
+in every state, and all where all have ended; no VM is declared buggy, no WARN fires, and the module
+does not halt; results are those that the operation may have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from errno import EFAULT
+from typing import Any, NamedTuple
+
+from tdxlab import invariants
+from tdxlab.abi.leaves import TDH_MEM_PAGE_AUG
+from tdxlab.abi.registers import Registers
+from tdxlab.abi.status import OPERAND_ID_RCX, TDX_OPERAND_BUSY
+from tdxlab.accesses import Accept, Read
+from tdxlab.arch import PAGE_SIZE, SIZE_2M
+from tdxlab.crew import Actor, Fault
+from tdxlab.explore import BUDGET, Exploration, explore
+from tdxlab.invariants import InvariantBroken
+from tdxlab.journal import Words
+from tdxlab.kvm.fault import kvm_mmu_page_fault
+from tdxlab.kvm.injection import FailNth
+from tdxlab.kvm.page_fault import (
+    PFERR_PRIVATE_ACCESS,
+    PFERR_USER_MASK,
+    PFERR_WRITE_MASK,
+    RET_PF_FIXED,
+    RET_PF_RETRY,
+    RET_PF_SPURIOUS,
+)
+from tdxlab.kvm.vm import Vm
+from tdxlab.machine import Machine
+from tdxlab.steps import Operation, Step, run
+from tdxlab.vmm_run import RunResult
+from tdxlab.vmm_td import Td
+
+#: The LP of threads that are no vCPU's; vCPUs have those below.
+THREAD_LP = 3
+#: vCPUs that a scenario can have.
+MAX_VCPUS = 3
+
+_PRIVATE_WRITE = PFERR_PRIVATE_ACCESS | PFERR_WRITE_MASK | PFERR_USER_MASK
+#: GPA of a page that is mapped and accepted, beside which tables exist already.
+_NEAR = 0x1000
+#: GPAs of pages that are not mapped: with all tables there, and with the last one missing.
+_PAGE, _FRESH = 0x5000, 2 * SIZE_2M
+
+
+class Warned(Exception):
+    """WARN_ON fired: the kernel found something that its authors thought could not be."""
+
+
+def _listen(event: tuple[Any, ...]) -> None:
+    """Hears all events of a scenario's VMs."""
+    if event[0] == "warn":
+        raise Warned(event[1])
+
+
+class WholeCalls(Machine):
+    """A machine whose SEAMCALLs are one move each: nobody sees one between checks and effects, and
+    so nobody meets another's locks inside the module.
+    """
+
+    def seamcall_steps(self, lp: int, rax: int, registers: Registers) -> Operation:
+        """As the machine's, at once."""
+        yield from ()
+        return run(super().seamcall_steps(lp, rax, registers))
+
+
+class Race(NamedTuple):
+    """Operations that meet on a machine. actors: in the order in which they are tried."""
+
+    machine: Machine
+    actors: tuple[Actor, ...]
+
+    @property
+    def vms(self) -> tuple[Vm, ...]:
+        """The VMs of the machine."""
+        return self.machine.host.vm_list
+
+    def check(self, ended: bool) -> Fault | None:
+        """What is wrong with the machine, None if nothing. ended: nothing is half-done."""
+        for vm in self.vms:
+            if vm.vm_bugged:
+                return Fault("vm_bugged", f"{vm}: {vm.vm_bugged}")
+        if self.machine.module.halted:
+            return Fault("module halted", self.machine.module.halted)
+        try:
+            invariants.check(self.machine, "alive" if ended else "always")
+        except InvariantBroken as broken:
+            return Fault(f"invariant {broken.number}: {broken.name}", broken.explanation)
+        return None
+
+    def explore(
+        self,
+        *,
+        hashing: bool = True,
+        budget: int = BUDGET,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Exploration:
+        """All schedules of the scenario; as `explore.explore`."""
+        host = self.machine.host
+        counters: list[object] = [self.machine.trace.words, host.counters]
+        locks: list[object] = [host.tdx_lock]
+        for vm in self.vms:
+            locks += [vm.mmu_lock, vm.slots_lock, vm.srcu]
+            counters += [w for v in vm.vcpus for w in vars(v).values() if isinstance(w, Words)]
+        return explore(
+            self.actors,
+            self.machine.journal,
+            self.check,
+            ignored=counters,
+            locks=locks,
+            hashing=hashing,
+            budget=budget,
+            progress=progress,
+        )
+
+
+class Scenario(NamedTuple):
+    """A scenario to choose. what: in words. most: greatest number of vCPUs that it is made for."""
+
+    build: Callable[[int], Race]
+    what: str
+    most: int = MAX_VCPUS
+
+
+def build(name: str, vcpus: int = 2) -> Race:
+    """The scenario of that name, at its beginning.
+
+    Refuses a name that does not exist, or a number of vCPUs that it is not made for: ValueError.
+    """
+    if name not in SCENARIOS:
+        raise ValueError(f"there is no scenario {name!r}; choose one of {', '.join(SCENARIOS)}")
+    scenario = SCENARIOS[name]
+    if not 1 <= vcpus <= scenario.most:
+        raise ValueError(f"{vcpus} vCPUs; {name} is made for 1 to {scenario.most}")
+    race = scenario.build(vcpus)
+    for vm in race.vms:
+        vm.listener = _listen
+    return race
+
+
+# -- the parts of a scenario
+
+
+def _machine(vcpus: int, kind: type[Machine] = Machine) -> tuple[Machine, Td]:
+    """A TD with 8 MiB, each of whose vCPUs has used a page already."""
+    machine = kind(memory="1 GiB", lps=THREAD_LP + 1, packages=2)
+    td = machine.create_td(vcpus=vcpus, memory=4 * SIZE_2M)
+    for number in range(vcpus):
+        td.touch(_NEAR, vcpu=number)
+    return machine, td
+
+
+def _fault_steps(td: Td, number: int, gpa: int) -> Generator[Step, None, int]:
+    """A vCPU faults once on private memory, reading the memslots meanwhile, as after any exit."""
+    srcu = td.vm.srcu
+    index = srcu.read_lock()
+    try:
+        return (yield from kvm_mmu_page_fault(td.vcpu(number), gpa, _PRIVATE_WRITE))
+    finally:
+        srcu.read_unlock(index)
+
+
+def _faulting(td: Td, number: int, gpa: int, *results: int) -> Actor:
+    """A vCPU that faults, again while it is told to. results: allowed ones beside success."""
+    allowed = (RET_PF_FIXED, RET_PF_SPURIOUS, *results)
+    return Actor(
+        f"vCPU {number}",
+        lambda: td.host.on_cpu(number, _fault_steps(td, number, gpa)),
+        lambda result: result in allowed,
+        lambda result: bool(result == RET_PF_RETRY),
+    )
+
+
+def _faults(td: Td, gpas: list[int], *results: int) -> tuple[Actor, ...]:
+    """One vCPU for each GPA."""
+    return tuple(_faulting(td, number, gpa, *results) for number, gpa in enumerate(gpas))
+
+
+def _thread(td: Td, name: str, start: Callable[[], Operation]) -> Actor:
+    """A thread of the VMM on an LP of its own; it has to succeed."""
+    return Actor(name, lambda: td.host.on_cpu(THREAD_LP, start()), lambda result: result == 0)
+
+
+def _running(td: Td, number: int, program: list[Any]) -> Actor:
+    """A vCPU in KVM_RUN; its guest has to come to the end of its program."""
+
+    def came_to_its_end(result: RunResult) -> bool:
+        return result.ok
+
+    start = lambda: td.run_steps(list(program), vcpu=number)  # noqa: E731
+    return Actor(f"vCPU {number}", start, came_to_its_end)
+
+
+def _map(td: Td, gpa: int) -> None:
+    """Let KVM map a page that no guest has accepted yet."""
+    run(td.host.on_cpu(0, _fault_steps(td, 0, gpa)))
+
+
+# -- scenarios
+
+
+def same_page(vcpus: int) -> Race:
+    """All fault on one page: one maps it."""
+    machine, td = _machine(vcpus)
+    return Race(machine, _faults(td, [_PAGE] * vcpus))
+
+
+def fresh_region(vcpus: int) -> Race:
+    """All fault on neighbouring pages whose table is missing: one links it."""
+    machine, td = _machine(vcpus)
+    return Race(machine, _faults(td, [_FRESH + n * PAGE_SIZE for n in range(vcpus)]))
+
+
+def far_apart(vcpus: int) -> Race:
+    """All fault on pages that have tables of their own: nobody meets anybody."""
+    machine, td = _machine(vcpus)
+    gpas = [_PAGE + n * SIZE_2M for n in range(vcpus)]
+    for gpa in gpas:
+        _map(td, gpa - PAGE_SIZE)
+    return Race(machine, _faults(td, gpas))
+
+
+def fault_zap(vcpus: int) -> Race:
+    """A page is punched out of the guest_memfd while vCPUs fault on it."""
+    machine, td = _machine(vcpus)
+    _map(td, _PAGE)
+    punch = _thread(td, "punch hole", lambda: td.punch_hole_steps(_PAGE, PAGE_SIZE))
+    return Race(machine, (*_faults(td, [_PAGE] * vcpus), punch))
+
+
+def fault_convert(vcpus: int) -> Race:
+    """A page turns shared while vCPUs fault on it as private memory: they map it, or go to user
+    space.
+    """
+    machine, td = _machine(vcpus)
+    convert = lambda: td.convert_steps(_PAGE, PAGE_SIZE, private=False)  # noqa: E731
+    faults = _faults(td, [_PAGE] * vcpus, -EFAULT)
+    return Race(machine, (*faults, _thread(td, "convert", convert)))
+
+
+def hook_failure(vcpus: int) -> Race:
+    """All fault on one page, and the first TDH.MEM.PAGE.AUG meets a locked operand."""
+    machine, td = _machine(vcpus)
+    busy = TDX_OPERAND_BUSY | OPERAND_ID_RCX
+    FailNth(machine.host, TDH_MEM_PAGE_AUG, status=busy).__enter__()
+    return Race(machine, _faults(td, [_PAGE] * vcpus))
+
+
+def slot_delete(vcpus: int) -> Race:
+    """The memslot is deleted while vCPUs fault on its memory."""
+    machine, td = _machine(vcpus)
+    (backing,) = td.backings
+    delete = lambda: td.set_user_memory_region_steps(  # noqa: E731
+        backing.slot, backing.gpa, 0, hva=backing.hva
+    )
+    faults = _faults(td, [_PAGE] * vcpus, -EFAULT)
+    return Race(machine, (*faults, _thread(td, "delete slot", delete)))
+
+
+def zap_enter(vcpus: int) -> Race:
+    """A page is punched out while vCPUs that have it in their TLBs enter the guest."""
+    machine, td = _machine(vcpus, WholeCalls)
+    for number in range(vcpus):
+        td.touch(_PAGE, vcpu=number)
+    punch = _thread(td, "punch hole", lambda: td.punch_hole_steps(_PAGE, PAGE_SIZE))
+    guests = tuple(_running(td, number, [Read(_NEAR, 1)]) for number in range(vcpus))
+    return Race(machine, (*guests, punch))
+
+
+def two_teardowns(vcpus: int) -> Race:
+    """Two TDs are destroyed at once; they share the module, the packages' caches and tdx_lock."""
+    machine = WholeCalls(memory="1 GiB", lps=THREAD_LP + 1, packages=2)
+    tds = [machine.create_td(vcpus=1, memory=SIZE_2M) for _ in range(vcpus)]
+
+    def destroying(td: Td, lp: int) -> Actor:
+        return Actor(
+            f"destroy {td}",
+            lambda: td.host.on_cpu(lp, td.destroy_steps()),
+            lambda result: result is None,
+        )
+
+    return Race(machine, tuple(destroying(td, lp) for lp, td in enumerate(tds)))
+
+
+def accept_block(vcpus: int) -> Race:
+    """A guest accepts a page that is punched out meanwhile: it faults, and accepts the new one."""
+    machine, td = _machine(vcpus, WholeCalls)
+    for number in range(vcpus):
+        _map(td, _PAGE + number * PAGE_SIZE)
+    punch = _thread(td, "punch hole", lambda: td.punch_hole_steps(_PAGE, PAGE_SIZE))
+    guests = tuple(
+        _running(td, number, [Accept(_PAGE + number * PAGE_SIZE)]) for number in range(vcpus)
+    )
+    return Race(machine, (*guests, punch))
+
+
+def _first_line(build: Callable[[int], Race]) -> str:
+    text = " ".join((build.__doc__ or "").split())
+    return text.rstrip(".")
+
+
+#: Name -> scenario.
+SCENARIOS: dict[str, Scenario] = {
+    function.__name__.replace("_", "-"): Scenario(function, _first_line(function), most)
+    for function, most in (
+        (same_page, 3),
+        (fresh_region, 3),
+        (far_apart, 3),
+        (fault_zap, 2),
+        (fault_convert, 2),
+        (hook_failure, 3),
+        (slot_delete, 2),
+        (zap_enter, 1),
+        (two_teardowns, 2),
+        (accept_block, 1),
+    )
+}
