@@ -72,10 +72,9 @@ class Call:
 
     def release_all(self) -> None:
         """Let go of every lock, the last one first."""
-        locks = self.locks
-        while locks:
-            release, words, which = locks.pop()
+        for release, words, which in reversed(self.locks):
             release(words, which)
+        self.locks.clear()
 
     def keep(self, kept: list[Lock]) -> None:
         """Leave these locks held when the leaf ends."""

@@ -56,6 +56,7 @@ from tdxlab.seam.rules import (
     TD_KEYS_CONFIGURED,
     TLB_TRACKING_OP_STATES,
 )
+from tdxlab.seam.sept import HOST_PRIORITY, LOCKED
 from tdxlab.seam.td import (
     MIN_TDCX,
     MIN_TDVPS_PAGES,
@@ -68,6 +69,12 @@ from tdxlab.seam.td import (
 
 INVALID_RCX = TDX_OPERAND_INVALID + OPERAND_ID_RCX
 _LEVEL_MASK = 7
+
+#: Words that nearly every SEAMCALL looks at, so that they are not looked up in their class.
+_FATAL, _LIFECYCLE, _NUM_TDCX = Tdr.FATAL, Tdr.LIFECYCLE, Tdr.NUM_TDCX
+_OP_STATE, _OP_STATE_LOCK = Tdcs.OP_STATE, Tdcs.OP_STATE_LOCK
+_EPTP, _GPAW, _SEPT_LOCK = Tdcs.EPTP, Tdcs.GPAW, Tdcs.SEPT_LOCK
+
 #: Bits of a GPA operand that hold neither level nor address.
 _PAGE_INFO_RESERVED = MASK64 & ~(HPA_MASK | _LEVEL_MASK)
 
@@ -108,20 +115,21 @@ def open_tdcs(call: Call, td: Td, *, lock: bool = True) -> None:
     Source: helpers.c, check_td_in_correct_build_state and check_any_td_state_map_tdcs_and_lock.
     """
     memory = call.module.memory
-    view = memory.words.view
-    if view[td.page + Tdr.FATAL]:
+    words, page = memory.words, td.page
+    view = words.view
+    if view[page + _FATAL]:
         raise Refused(TDX_TD_FATAL)
-    if view[td.page + Tdr.LIFECYCLE] != TD_KEYS_CONFIGURED:
+    if view[page + _LIFECYCLE] != TD_KEYS_CONFIGURED:
         raise Refused(TDX_TD_KEYS_NOT_CONFIGURED)
-    if view[td.page + Tdr.NUM_TDCX] < MIN_TDCX:
+    if view[page + _NUM_TDCX] < MIN_TDCX:
         raise Refused(TDX_TDCS_NOT_ALLOCATED)
     td.map_tdcs(memory)
     if lock:
-        index = td.tdcs + Tdcs.OP_STATE_LOCK
-        if not try_shared_hp(memory.words, index):
+        index = td.tdcs + _OP_STATE_LOCK
+        if not try_shared_hp(words, index):
             raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_OP_STATE)
-        call.locks.append((release_shared_hp, memory.words, index))
-    if view[td.tdcs + Tdcs.OP_STATE] not in OP_STATE_ACCEPTS[call.leaf]:
+        call.locks.append((release_shared_hp, words, index))
+    if view[td.tdcs + _OP_STATE] not in OP_STATE_ACCEPTS[call.leaf]:
         raise Refused(TDX_OP_STATE_INCORRECT)
 
 
@@ -174,11 +182,14 @@ def require_private_gpa(call: Call, td: Td, gpa: int) -> None:
 def lock_sept_tree(call: Call, td: Td, *, exclusive: bool = False) -> None:
     """Take the lock of the TD's whole S-EPT. Refuses: OPERAND_BUSY with operand SEPT_TREE."""
     words = call.module.memory.words
-    index = td.tdcs + Tdcs.SEPT_LOCK
-    taken = try_exclusive(words, index) if exclusive else try_shared(words, index)
+    index = td.tdcs + _SEPT_LOCK
+    if exclusive:
+        taken, release = try_exclusive(words, index), release_exclusive
+    else:
+        taken, release = try_shared(words, index), release_shared
     if not taken:
         raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_SEPT_TREE)
-    call.locks.append((release_exclusive if exclusive else release_shared, words, index))
+    call.locks.append((release, words, index))
 
 
 def walk_sept(call: Call, td: Td, gpa: int, sept_level: int) -> sept.Place:
@@ -200,10 +211,10 @@ def try_lock_septe(call: Call, index: int) -> bool:
     """
     words = call.module.memory.words
     septe = words.view[index]
-    if septe & sept.LOCKED:
-        words.cells[index] = septe | sept.HOST_PRIORITY
+    if septe & LOCKED:
+        words.cells[index] = septe | HOST_PRIORITY
         return False
-    words.cells[index] = (septe & ~sept.HOST_PRIORITY) | sept.LOCKED
+    words.cells[index] = (septe & ~HOST_PRIORITY) | LOCKED
     call.locks.append((_release_septe, words, index))
     return True
 
@@ -214,15 +225,15 @@ def lock_septe(call: Call, place: sept.Place) -> sept.Place:
     """
     if not try_lock_septe(call, place.word):
         refuse_entry(TDX_OPERAND_BUSY + OPERAND_ID_RCX, place)
-    if place.septe & sept.HOST_PRIORITY:
-        return place._replace(septe=place.septe & ~sept.HOST_PRIORITY)
+    if place.septe & HOST_PRIORITY:
+        return place._replace(septe=place.septe & ~HOST_PRIORITY)
     return place
 
 
 def _release_septe(words: Words, index: int) -> None:
     septe = words.view[index]
-    if septe & sept.LOCKED:
-        words.cells[index] = septe & ~sept.LOCKED
+    if septe & LOCKED:
+        words.cells[index] = septe & ~LOCKED
 
 
 def require_sept_state(
@@ -273,7 +284,8 @@ def begin_td(call: Call, *, flags: int = 0) -> tuple[int, Td]:
     registers = call.registers
     operand, tdr = registers.rcx, registers.rdx & ~flags
     registers.rcx = registers.rdx = 0
-    td = lock_tdr(call, tdr, OPERAND_ID_RDX)
+    lock_page(call, tdr, OPERAND_ID_RDX, PT_TDR)
+    td = Td(call.module.memory, tdr)
     open_tdcs(call, td)
     return operand, td
 
@@ -290,9 +302,9 @@ def begin_entry(
     """
     memory = call.module.memory
     view = memory.words.view
-    eptp = view[td.tdcs + Tdcs.EPTP]
+    eptp = view[td.tdcs + _EPTP]
     gpa, sept_level = page_info(operand, lowest, eptp >> 3 & 7 if highest is None else highest)
-    if not is_private_gpa(gpa, view[td.tdcs + Tdcs.GPAW]):
+    if not is_private_gpa(gpa, view[td.tdcs + _GPAW]):
         raise Refused(INVALID_RCX)
     lock_sept_tree(call, td, exclusive=exclusive)
     place = sept.walk(memory, eptp, gpa, sept_level)

@@ -24,6 +24,9 @@ _CONTENDED = EXCLUSIVE | HOST_PRIORITY
 _PARENT_IN_THE_WAY = _CONTENDED | 0xFF << 16
 _PLAIN_READER = 2
 
+#: Indices of the PAMT entries of one page: 1G, 2M, 4K.
+Path = tuple[int, int, int]
+
 
 def try_shared_hp(words: Words, index: int) -> bool:
     """Become a reader. Refused while somebody holds it exclusively: the stray count stays until the
@@ -61,7 +64,7 @@ def try_promote_hp(words: Words, index: int) -> bool:
     return True
 
 
-def try_path_hp(words: Words, path: tuple[int, int, int], exclusive: bool) -> bool:
+def try_path_hp(words: Words, path: Path, exclusive: bool) -> bool:
     """Take the three PAMT entries of one page at once: its 1G and 2M parents shared, its own as
     asked.
 
@@ -81,14 +84,16 @@ def try_path_hp(words: Words, path: tuple[int, int, int], exclusive: bool) -> bo
     return True
 
 
-def release_path_shared_hp(words: Words, path: tuple[int, int, int]) -> None:
+def release_path_shared_hp(words: Words, path: Path) -> None:
     """Let go of what `try_path_hp` took shared."""
     view, cells = words.view, words.cells
-    for index in path:
-        cells[index] = view[index] - _HP_READER
+    entry_1g, entry_2m, entry = path
+    cells[entry_1g] = view[entry_1g] - _HP_READER
+    cells[entry_2m] = view[entry_2m] - _HP_READER
+    cells[entry] = view[entry] - _HP_READER
 
 
-def release_path_exclusive_hp(words: Words, path: tuple[int, int, int]) -> None:
+def release_path_exclusive_hp(words: Words, path: Path) -> None:
     """Let go of what `try_path_hp` took exclusively at the end."""
     view, cells = words.view, words.cells
     entry_1g, entry_2m, entry = path

@@ -132,6 +132,10 @@ _EARLY = frozenset(
 #: How a leaf can end before its time: refused, or with the module halted.
 _REFUSALS = (Refused, ModuleFatal, MachineCheck)
 
+_CHLDCNT = Tdr.CHLDCNT
+#: The word that says whether the module is ready.
+_STATE = Sys.STATE
+
 _INVALID_RAX = TDX_OPERAND_INVALID + OPERAND_ID_RAX
 
 
@@ -171,7 +175,7 @@ class Module:
             self.require_host(lp)
         trace = self.trace
         inputs = registers.as_dict() if trace.logging else None
-        is_plain = self.system.view[Sys.STATE] == SYS_READY and not self._end
+        is_plain = self.system.view[_STATE] == SYS_READY and not self._end
         leaf = LEAVES.get(rax) if is_plain else None
         status = TDX_SUCCESS if leaf else self._refuse_early(rax)
         if status == TDX_SUCCESS:
@@ -201,7 +205,7 @@ class Module:
             self.require_host(lp)
         trace = self.trace
         inputs = registers.as_dict() if trace.logging else None
-        is_plain = self.system.view[Sys.STATE] == SYS_READY and not self._end
+        is_plain = self.system.view[_STATE] == SYS_READY and not self._end
         leaf = LEAVES.get(rax) if is_plain else None
         status = TDX_SUCCESS if leaf else self._refuse_early(rax)
         if status == TDX_SUCCESS:
@@ -349,7 +353,7 @@ class Module:
 
     def add_children(self, td: Td, pages: int) -> None:
         """Change the number of 4 KiB pages that the TD owns."""
-        words, index = self.memory.words, td.page + Tdr.CHLDCNT
+        words, index = self.memory.words, td.page + _CHLDCNT
         words.cells[index] = words.view[index] + pages
 
     @property

@@ -21,6 +21,7 @@ from tdxlab.abi.status import (
 from tdxlab.arch import PA_LIMIT
 from tdxlab.seam.call import Call, Refused
 from tdxlab.seam.locks import (
+    Path,
     release_exclusive_hp,
     release_path_exclusive_hp,
     release_path_shared_hp,
@@ -56,19 +57,17 @@ def walk_pamt(call: Call, hpa: int, operand: int, *, exclusive: bool) -> tuple[i
     if block is None:
         raise Refused(TDX_OPERAND_ADDR_RANGE_ERROR + operand)
     entry_1g, first_2m, first_4k = block
-    entry_2m = first_2m + (hpa >> 21 & 511) * 2
     entry = first_4k + (hpa >> 12 & 0x3FFFF) * 2
+    path = entry_1g, first_2m + (hpa >> 21 & 511) * 2, entry
     words = pamt.words
-    if not try_path_hp(words, (entry_1g, entry_2m, entry), exclusive):
-        return _walk_slowly(call, (entry_1g, entry_2m, entry), operand, exclusive)
+    if not try_path_hp(words, path, exclusive):
+        return _walk_slowly(call, path, operand, exclusive)
     release = release_path_exclusive_hp if exclusive else release_path_shared_hp
-    call.locks.append((release, words, (entry_1g, entry_2m, entry)))
+    call.locks.append((release, words, path))
     return entry, 0
 
 
-def _walk_slowly(
-    call: Call, path: tuple[int, int, int], operand: int, exclusive: bool
-) -> tuple[int, int]:
+def _walk_slowly(call: Call, path: Path, operand: int, exclusive: bool) -> tuple[int, int]:
     """The walk where something is in the way: a bigger page ends it early, a lock refuses it."""
     words = call.module.pamt.words
     for entry, size in zip(path, (2, 1), strict=False):

@@ -144,17 +144,16 @@ def walk(memory: Memory, eptp: int, gpa: int, sept_level: int) -> Place:
     """
     view = memory.words.view
     frames = memory.frames
-    level = eptp >> 3 & 7
-    shift = 12 + 9 * level
-    table = eptp & HPA_MASK
-    while True:
-        word = frames[table >> 12] + (gpa >> shift & 511)
-        septe = view[word]
-        if level == sept_level or not 0 < septe & _LEAF_OR_RWX < LEAF:
-            return tuple.__new__(Place, (word, level, septe))  # Place(...), called less deeply
-        table = septe & HPA_MASK
-        level -= 1
+    last = 12 + 9 * sept_level
+    shift = 12 + 9 * (eptp >> 3 & 7)
+    word = frames[(eptp & HPA_MASK) >> 12] + (gpa >> shift & 511)
+    septe = view[word]
+    while shift != last and 0 < septe & _LEAF_OR_RWX < LEAF:
         shift -= 9
+        word = frames[(septe & HPA_MASK) >> 12] + (gpa >> shift & 511)
+        septe = view[word]
+    level = sept_level if shift == last else (shift - 12) // 9
+    return tuple.__new__(Place, (word, level, septe))  # Place(...), called less deeply
 
 
 def entries(memory: Memory, eptp: int) -> Iterator[tuple[int, int, int, int]]:

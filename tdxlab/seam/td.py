@@ -42,6 +42,10 @@ class Tdr:
     UUID = 20  # 4 words
 
 
+#: Read at nearly every SEAMCALL, so not looked up in its class each time.
+_TDCX_PA = Tdr.TDCX_PA
+
+
 class Tdcs:
     """Words of the first TDCS page (TDCX index 0)."""
 
@@ -141,16 +145,21 @@ class Td:
     first TDCS page and word index of its frame, both 0 until mapped.
     """
 
-    __slots__ = ("hkid", "page", "tdcs", "tdcs_hpa", "tdr")
+    __slots__ = ("_memory", "page", "tdcs", "tdcs_hpa", "tdr")
 
     def __init__(self, memory: Memory, tdr: int) -> None:
+        self._memory = memory
         self.tdr = tdr
         self.page: int = memory.frames[tdr >> PAGE_SHIFT]
-        self.hkid = memory.words.view[self.page + Tdr.HKID]
         self.tdcs = self.tdcs_hpa = 0
+
+    @property
+    def hkid(self) -> int:
+        """What the TDR says of its KeyID."""
+        return self._memory.words.view[self.page + Tdr.HKID]
 
     def map_tdcs(self, memory: Memory) -> None:
         """Find the first TDCS page; the TD must have it."""
-        pa = memory.words.view[self.page + Tdr.TDCX_PA]
-        self.tdcs_hpa = pa & memory.page_mask
-        self.tdcs = memory.frames[self.tdcs_hpa >> PAGE_SHIFT]
+        pa = memory.words.view[self.page + _TDCX_PA]
+        self.tdcs_hpa = hpa = pa & memory.page_mask
+        self.tdcs = memory.frames[hpa >> PAGE_SHIFT]
