@@ -361,7 +361,7 @@ class Vm:
 
         Differs: who drives the operations says when; a half-way reader keeps nobody waiting.
         """
-        for sp in list(self._rcu_pending.values()):
+        for _, sp in sorted(self._rcu_pending.items()):
             self._rcu_pending.drop(sp.spt)
             self.free_table(sp)
 
