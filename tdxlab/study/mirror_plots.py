@@ -6,19 +6,17 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from tdxlab.study.mirror_tables import TREES, OccupancyRow, PriceRow
+from tdxlab.study.mirror_tables import OccupancyRow, PriceRow
 from tdxlab.study.mirror_tape import MirrorTape
 from tdxlab.study.palette import BLACK, BLUE, GREEN, ORANGE, SKY, VERMILLION, WHITE, Look
 from tdxlab.study.plots import (
     FONT,
     Canvas,
-    Series,
     bars,
     calls_over_time,
     calls_per_leaf,
     calls_per_phase,
     side_by_side,
-    stacked_bars,
 )
 from tdxlab.study.show import Picture, text_table
 
@@ -36,25 +34,27 @@ _MARKS = {
 
 
 def tables_per_level(rows: Sequence[OccupancyRow], ax: Axes) -> Axes:
-    """Tables of each level, mirror and external stacked. rows: of `occupancy_rows`."""
-    places = list(dict.fromkeys((row.layout, row.level) for row in rows))
-    count = {(row.layout, row.level, row.tree): row.tables for row in rows}
-    series = [
-        Series(TREE_LOOKS[tree], [count.get((*place, tree), 0) for place in places])
-        for tree in TREES
-    ]
-    names = [f"{layout} {level}" for layout, level in places]
-    return stacked_bars(ax, names, series, unit="tables of 4 KiB", title="Tables of each level")
+    """Tables of each level, mirror and external one above the other. rows: of `occupancy_rows`."""
+    tables = [row.tables for row in rows]
+    unit = "tables of 4 KiB: M mirror, X external"
+    return bars(ax, _names(rows), tables, _looks(rows), unit=unit, title="Tables of each level")
 
 
 def filling(rows: Sequence[OccupancyRow], ax: Axes) -> Axes:
     """Entries in use for each 512, mirror and external one above the other."""
-    names = [f"{row.layout} {row.level} {TREE_LOOKS[row.tree].letter}" for row in rows]
     used = [round(row.entries / row.tables) for row in rows]
-    looks = [TREE_LOOKS[row.tree] for row in rows]
-    bars(ax, names, used, looks, unit="entries in use, of 512", title="Use of an average table")
+    unit = "entries in use, of 512"
+    bars(ax, _names(rows), used, _looks(rows), unit=unit, title="Use of an average table")
     ax.set_xlim(0, 512)
     return ax
+
+
+def _names(rows: Sequence[OccupancyRow]) -> list[str]:
+    return [f"{row.layout} {row.level} {TREE_LOOKS[row.tree].letter}" for row in rows]
+
+
+def _looks(rows: Sequence[OccupancyRow]) -> list[Look]:
+    return [TREE_LOOKS[row.tree] for row in rows]
 
 
 def occupancy_picture(rows: Sequence[OccupancyRow]) -> Picture:

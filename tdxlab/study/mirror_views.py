@@ -51,6 +51,7 @@ CALL_LOOKS: dict[str, Look] = {
 }
 
 _WIDTH, _ROW, _TOP = 420, 21, 6
+_COLUMN = 404
 
 
 class Rung(NamedTuple):
@@ -96,7 +97,7 @@ def ladder(rungs: Sequence[Rung], looks: dict[str, Look], name: str) -> str:
             body.append(text(42, y + 14, "no table yet", size=10, colour="#555"))
             continue
         body.append(text(42, y + 14, f"{rung.hpa:#x} [{rung.entry}]", size=10))
-        if rung.state in looks:
+        if rung.state in looks and rung.state != "FREE":
             hint = f"{rung.level} entry {rung.entry}: {rung.state}"
             body.append(tile(160, y + 1, looks[rung.state], size=17, hint=hint))
         locked = ", locked" if rung.locked else ""
@@ -117,6 +118,11 @@ def table_map(rung: Rung, cells: dict[int, Look], name: str) -> str:
     return entry_map(cells, title=title).replace("</svg>", f"{frame}</svg>")
 
 
+def _column(*drawings: str) -> str:
+    """Drawings one below the other, so narrow that two columns fit beside each other."""
+    return "".join(f'<div style="width:{_COLUMN}px">{one}</div>' for one in drawings)
+
+
 def _lowest(rungs: Sequence[Rung]) -> Rung:
     return [rung for rung in rungs if rung.hpa][-1]
 
@@ -126,7 +132,7 @@ def mirror_view(lab: MirrorLab, gfn: int) -> str:
     rungs = mirror_rungs(lab.walk(gfn))
     low = _lowest(rungs)
     cells = {i: MIRROR_LOOKS[state] for i, state in lab.mirror_table(low.hpa).items()}
-    return ladder(rungs, MIRROR_LOOKS, "mirror") + table_map(low, cells, "mirror")
+    return _column(ladder(rungs, MIRROR_LOOKS, "mirror"), table_map(low, cells, "mirror"))
 
 
 def external_view(lab: MirrorLab, gfn: int) -> str:
@@ -134,7 +140,7 @@ def external_view(lab: MirrorLab, gfn: int) -> str:
     rungs = external_rungs(lab.walk(gfn))
     low = _lowest(rungs)
     cells = {i: SEPT_LOOKS[state] for i, state in lab.external_table(low.hpa).items()}
-    return ladder(rungs, SEPT_LOOKS, "Secure EPT") + table_map(low, cells, "Secure EPT")
+    return _column(ladder(rungs, SEPT_LOOKS, "Secure EPT"), table_map(low, cells, "Secure EPT"))
 
 
 def trees(lab: MirrorLab, gfn: int) -> dict[str, str]:

@@ -67,7 +67,7 @@ def test_fault_and_zap_act_on_the_chosen_page(shown: PanelPage, story: MirrorPan
 
     shown.press("tdxlab-zap", "Enter", then="Step 56 of 70")
     story.zap.click()
-    shown.press("tdxlab-scrub", "End", then="Step 70 of 70")
+    shown.type_position(70, then="Step 70 of 70")
     story.scrub.value = 70
     assert shown.agrees_with(story)
     assert (story.numbers()["PAGE.REMOVE"], story.numbers()["mirror leaves"]) == (1, 1)
