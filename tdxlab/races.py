@@ -4,8 +4,8 @@
     found = race.explore()
 
 Each scenario has a machine of its own. In all of them hold: the invariants, those of every moment
-in every state, and all where all have ended; no VM is declared buggy, no WARN fires, and the module
-does not halt; results are those that the operation may have.
+in every state, and all where all have ended; no VM is declared buggy, no WARN fires, the module
+does not halt, and no page is lost; results are those that the operation may have.
 """
 
 from __future__ import annotations
@@ -74,15 +74,13 @@ class WholeCalls(Machine):
 
 
 class Race(NamedTuple):
-    """Operations that meet on a machine. actors: in the order in which they are tried."""
+    """Operations that meet on a machine. actors: in the order in which they are tried. vms: those
+    that are there at the beginning.
+    """
 
     machine: Machine
     actors: tuple[Actor, ...]
-
-    @property
-    def vms(self) -> tuple[Vm, ...]:
-        """The VMs of the machine."""
-        return self.machine.host.vm_list
+    vms: tuple[Vm, ...] = ()
 
     def check(self, ended: bool) -> Fault | None:
         """What is wrong with the machine, None if nothing. ended: nothing is half-done."""
@@ -91,6 +89,10 @@ class Race(NamedTuple):
                 return Fault("vm_bugged", f"{vm}: {vm.vm_bugged}")
         if self.machine.module.halted:
             return Fault("module halted", self.machine.module.halted)
+        leaked = self.machine.host.pages.leaked
+        if leaked:
+            hpa = min(leaked)
+            return Fault("leaked", f"the page {hpa:#x} is lost: {leaked[hpa]}")
         try:
             invariants.check(self.machine, "alive" if ended else "always")
         except InvariantBroken as broken:
@@ -142,9 +144,10 @@ def build(name: str, vcpus: int = 2) -> Race:
     if not 1 <= vcpus <= scenario.most:
         raise ValueError(f"{vcpus} vCPUs; {name} is made for 1 to {scenario.most}")
     race = scenario.build(vcpus)
-    for vm in race.vms:
+    vms = race.machine.host.vm_list
+    for vm in vms:
         vm.listener = _listen
-    return race
+    return race._replace(vms=vms)
 
 
 # -- the parts of a scenario
@@ -232,7 +235,6 @@ def far_apart(vcpus: int) -> Race:
 def fault_zap(vcpus: int) -> Race:
     """A page is punched out of the guest_memfd while vCPUs fault on it."""
     machine, td = _machine(vcpus)
-    _map(td, _PAGE)
     punch = _thread(td, "punch hole", lambda: td.punch_hole_steps(_PAGE, PAGE_SIZE))
     return Race(machine, (*_faults(td, [_PAGE] * vcpus), punch))
 

@@ -64,7 +64,7 @@ def test_two_teardowns_one_after_the_other_leave_nothing_behind() -> None:
     race = build("two-teardowns", 2)
     for actor in race.actors:
         assert actor.allowed(run(actor.start()))
-    assert race.vms == ()
+    assert race.machine.host.vm_list == ()
     assert race.check(True) is None
 
 
