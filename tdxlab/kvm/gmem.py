@@ -158,8 +158,8 @@ class GuestMemfds:
         found = self._get_folio(gmem, index, prepared=True)
         if isinstance(found, int):
             return found
-        pfn = found.pfn
-        if not found.prepared:
+        pfn, prepared, _ = found
+        if not prepared:
             self.vm.memory.write_page(pfn << PAGE_SHIFT, ZERO_PAGE, 0)
             self._mark_prepared(gmem, index)
         return pfn
@@ -333,21 +333,19 @@ class GuestMemfds:
         if not self._is_bound(gmem, index):
             self.vm.warn(f"__kvm_gmem_get_pfn: no slot is bound to page {index} of file {gmem}")
             return -EIO
-        found: Folio | None = self._folios.get((gmem, index)) or self._add_folio(
-            gmem, index, prepared=prepared
-        )
+        found: Folio | None = self._folios.get((gmem, index))
         if found is None:
-            return -ENOMEM
+            return self._add_folio(gmem, index, prepared) or -ENOMEM
         return -EHWPOISON if found.poisoned else found
 
     def _is_bound(self, gmem: int, index: int) -> bool:
         """True if a slot has page `index` of an open file."""
         bound = False
         for slot in self._bindings[gmem]:
-            bound |= 0 <= index - slot.gmem_pgoff < slot.npages
+            bound = bound or 0 <= index - slot.gmem_pgoff < slot.npages
         return bound
 
-    def _add_folio(self, gmem: int, index: int, *, prepared: bool = False) -> Folio | None:
+    def _add_folio(self, gmem: int, index: int, prepared: bool = False) -> Folio | None:
         hpa = self.vm.pages.alloc_page("guest_memfd")
         if hpa == NO_PAGE:
             return None

@@ -18,6 +18,9 @@ from tdxlab.journal import Field, Fields, Journal, Table, Words
 #: What `alloc_page` returns when there is no page, which is -ENOMEM for its caller.
 NO_PAGE = -1
 
+#: Words of `HostPages._counts`.
+_OUT, _NEXT = 0, 1
+
 
 class PageSource(Protocol):
     """Who gives KVM pages of host memory."""
@@ -43,7 +46,6 @@ class HostPages:
     is out.
     """
 
-    _next = Field(0)
     _region = Field(0)
     #: the page that was returned last, and the one before it in its link; NO_PAGE at the end
     _returned = Field(NO_PAGE)
@@ -60,7 +62,8 @@ class HostPages:
         self._use = Words(journal, pfns, typecode="H", sparse=True)
         #: by pfn, of returned pages: HPA of the one returned before it
         self._link = Words(journal, pfns, sparse=True)
-        self._out = Words(journal, 1)
+        #: pages that are out; bytes of the present region that were handed out
+        self._counts = Words(journal, 2)
         #: names of uses by number; only ever grows, so that a number means the same after a rewind
         self._names = [""]
         self._numbers: dict[str, int] = {}
@@ -74,7 +77,7 @@ class HostPages:
     def free(self) -> int:
         """Pages that can still be had."""
         contiguous = self.total - sum(region.size for region in self.regions) // PAGE_SIZE
-        return self.total - contiguous - self._out.view[0] - len(self.leaked)
+        return self.total - contiguous - self._counts.view[_OUT] - len(self.leaked)
 
     @property
     def in_use(self) -> dict[int, str]:
@@ -103,7 +106,7 @@ class HostPages:
     def untouched(self) -> int:
         """Pages that were never handed out."""
         regions = self.regions[self._region :]
-        return (sum(region.size for region in regions) - self._next) // PAGE_SIZE
+        return (sum(region.size for region in regions) - self._counts.view[_NEXT]) // PAGE_SIZE
 
     def alloc_page(self, use: str) -> int:
         """HPA of a free 4 KiB page, or NO_PAGE."""
@@ -114,7 +117,8 @@ class HostPages:
                 number = self._numbers[use] = len(self._names)
                 self._names.append(use)
             self._use.cells[hpa >> PAGE_SHIFT] = number
-            self._out.cells[0] = self._out.view[0] + 1
+            counts = self._counts
+            counts.cells[_OUT] = counts.view[_OUT] + 1
         return hpa
 
     def free_page(self, hpa: int) -> None:
@@ -127,7 +131,7 @@ class HostPages:
         if not self.use_of(hpa):
             raise ValueError(f"page {hpa:#x} is not in use; it cannot be freed")
         self._use.cells[hpa >> PAGE_SHIFT] = 0
-        self._out.cells[0] = self._out.view[0] - 1
+        self._counts.cells[_OUT] = self._counts.view[_OUT] - 1
 
     def alloc_contig_pages(self, size: int, near: Region) -> int:
         """HPA of `size` contiguous bytes for good, from the end of a region that touches `near`, or
@@ -135,7 +139,7 @@ class HostPages:
         behind all others are taken.
         """
         for number, region in reversed(list(enumerate(self.regions))):
-            used = self._next if number == self._region else 0
+            used = self._counts.view[_NEXT] if number == self._region else 0
             room = region.size - used if number >= self._region else 0
             if size <= room and region.overlaps(near.base, near.size):
                 shorter = Region(region.base, region.size - size)
@@ -149,7 +153,7 @@ class HostPages:
         Source: mm/hugetlb.c. Differs: only never touched memory can become a large page.
         """
         for number, region in reversed(list(enumerate(self.regions))):
-            used = self._next if number == self._region else 0
+            used = self._counts.view[_NEXT] if number == self._region else 0
             hpa = region.end - size & -size
             if number >= self._region and hpa >= region.base + used:
                 pieces = [Region(region.base, hpa - region.base)]
@@ -182,12 +186,13 @@ class HostPages:
             before = self._link.view[hpa >> PAGE_SHIFT]
             self._returned = NO_PAGE if before == MASK64 else before
             return hpa
+        counts = self._counts
         while self._region < len(self.regions):
-            region = self.regions[self._region]
-            hpa = region.base + self._next
-            if hpa < region.end:
-                self._next += PAGE_SIZE
-                return hpa
+            base, size = self.regions[self._region]
+            used = counts.view[_NEXT]
+            if used < size:
+                counts.cells[_NEXT] = used + PAGE_SIZE
+                return base + used
             self._region += 1
-            self._next = 0
+            counts.cells[_NEXT] = 0
         return NO_PAGE

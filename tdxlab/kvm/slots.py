@@ -222,11 +222,12 @@ class MemSlots:
 
     def find(self, gfn: int, as_id: int = 0) -> Slot | None:
         """The slot that holds `gfn`, or None. Source: kvm_host.h, __gfn_to_memslot."""
-        found: SlotSet = self._sets[as_id]
-        place = bisect_right(found.bases, gfn) - 1
-        if place < 0 or gfn >= found.slots[place].end_gfn:
+        slots, bases, _ = self._sets[as_id]
+        place = bisect_right(bases, gfn) - 1
+        if place < 0:
             return None
-        return found.slots[place]
+        slot: Slot = slots[place]
+        return slot if gfn - bases[place] < slot.npages else None
 
     def all(self, as_id: int = 0) -> tuple[Slot, ...]:
         """All slots of an address space by ascending gfn."""

@@ -88,17 +88,17 @@ class TdpIter:
         """
         memory, gfn = self.vm.memory, self.next_last_level_gfn
         view, frames = memory.words.view, memory.frames
-        place, level, word = gfn | self.gfn_bits, self.level, self.word
-        shift = LEVEL_BITS * (level - 1)
+        place, word = gfn | self.gfn_bits, self.word
+        shift, last = LEVEL_BITS * (self.level - 1), LEVEL_BITS * (goal - 1)
         if word < 0:
             word = frames[self.root.spt >> PAGE_SHIFT] + (place >> shift & _LAST)
         spte = view[word]
-        while level != goal and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
-            level -= 1
+        while shift != last and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
             shift -= LEVEL_BITS
             word = frames[(spte & HPA_MASK) >> PAGE_SHIFT] + (place >> shift & _LAST)
             spte = view[word]
-        self.gfn, self.level, self.word, self.old_spte = gfn >> shift << shift, level, word, spte
+        self.gfn, self.word, self.old_spte = gfn >> shift << shift, word, spte
+        self.level = shift // LEVEL_BITS + 1
 
     def walk(self, end: int) -> Iterator[TdpIter]:
         """Go on to each entry in turn and give this iterator, while its gfn is below `end`.

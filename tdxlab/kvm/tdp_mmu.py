@@ -75,8 +75,10 @@ def alloc_child_sp(vcpu: Vcpu, it: TdpIter) -> MmuPage:
 def kvm_tdp_mmu_map(vcpu: Vcpu, fault: PageFault) -> Doing:
     """Install every missing level and the leaf for a fault; mmu_lock held for read.
 
-    Returns RET_PF_RETRY if an entry is frozen or changed meanwhile, else what became of the leaf.
-    Source: kvm_tdp_mmu_map.
+    Returns RET_PF_RETRY if an entry is frozen or changed meanwhile; else RET_PF_FIXED, _SPURIOUS,
+    or _EMULATE (an MMIO entry).
+    Source: kvm_tdp_mmu_map, tdp_mmu_map_handle_target_level. Differs: nothing shadows guest tables,
+    so no write is ever left to the emulator (RET_PF_WRITE_PROTECTED).
     """
     vm = vcpu.vm
     root = tdp_mmu_get_root_for_fault(vcpu, fault)
@@ -92,7 +94,10 @@ def kvm_tdp_mmu_map(vcpu: Vcpu, fault: PageFault) -> Doing:
         if spte == FROZEN_SPTE:
             break
         if level == fault.goal_level:
-            return (yield from tdp_mmu_map_handle_target_level(vcpu, fault, it))
+            new_spte = _wanted_leaf(vm, fault, it)
+            if new_spte != spte and (yield from tdp_mmu_set_spte_atomic(vm, it, new_spte)):
+                break
+            return _leaf_installed(vcpu, fault, it, spte, new_spte)
         if spte & SPTE_MMU_PRESENT_MASK and not spte & PT_PAGE_SIZE_MASK:
             continue
         if level == installed or (yield from _install_table(vcpu, fault, it)):
@@ -126,26 +131,23 @@ def _install_table(vcpu: Vcpu, fault: PageFault, it: TdpIter) -> Doing:
     return 0
 
 
-def tdp_mmu_map_handle_target_level(vcpu: Vcpu, fault: PageFault, it: TdpIter) -> Doing:
-    """Install the leaf. Returns RET_PF_FIXED, _SPURIOUS, _EMULATE (an MMIO entry), or _RETRY.
-
-    Source: tdp_mmu_map_handle_target_level. Differs: nothing shadows guest tables, so no write is
-    ever left to the emulator (RET_PF_WRITE_PROTECTED).
-    """
-    vm, old_spte = vcpu.vm, it.old_spte
+def _wanted_leaf(vm: Vm, fault: PageFault, it: TdpIter) -> int:
+    """The leaf to install at `it`; where a leaf is there that allows the access, that one."""
+    old_spte = it.old_spte
     if old_spte & SPTE_MMU_PRESENT_MASK and is_last_spte(old_spte, it.level):
         allowed = is_access_allowed(old_spte, write=fault.write, execute=fault.execute)
         if fault.prefetch or allowed:
             if fault.pfn != spte_to_pfn(old_spte):
                 vm.warn("a spurious fault found another page than the one mapped")
-            return RET_PF_SPURIOUS
-    new_spte = _make_leaf(vm, fault, it)
-    ret = RET_PF_FIXED
-    if new_spte == old_spte:
-        ret = RET_PF_SPURIOUS
-    elif (yield from tdp_mmu_set_spte_atomic(vm, it, new_spte)):
-        return RET_PF_RETRY
-    elif old_spte & SPTE_MMU_PRESENT_MASK:
+            return old_spte
+    return _make_leaf(vm, fault, it)
+
+
+def _leaf_installed(vcpu: Vcpu, fault: PageFault, it: TdpIter, old_spte: int, new_spte: int) -> int:
+    """What became of the fault: RET_PF_FIXED, _SPURIOUS, or _EMULATE for an MMIO entry."""
+    vm = vcpu.vm
+    ret = RET_PF_SPURIOUS if new_spte == old_spte else RET_PF_FIXED
+    if old_spte & SPTE_MMU_PRESENT_MASK and ret == RET_PF_FIXED:
         _flush_replaced(vm, it, old_spte, new_spte)
     if fault.slot is None and is_mmio_spte(vm, new_spte):
         vcpu.count("pf_mmio_spte_created")

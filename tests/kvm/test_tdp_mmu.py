@@ -40,7 +40,6 @@ from tdxlab.kvm.tdp_mmu import (
     kvm_tdp_mmu_get_walk,
     kvm_tdp_mmu_gpa_is_mapped,
     kvm_tdp_mmu_map,
-    tdp_mmu_map_handle_target_level,
     track_possible_nx_huge_page,
 )
 from tdxlab.kvm.vm import MmuPage, Vcpu
@@ -273,7 +272,7 @@ def test_kvm_tdp_mmu_map_of_two_vcpus_from_an_empty_root(seed: int) -> None:
 # ---- the leaf ------------------------------------------------------------------------------------
 
 
-def test_tdp_mmu_map_handle_target_level_spurious_when_the_access_is_allowed(
+def test_kvm_tdp_mmu_map_spurious_when_the_access_is_allowed(
     direct: Faults,
 ) -> None:
     run(direct.map())
@@ -282,7 +281,7 @@ def test_tdp_mmu_map_handle_target_level_spurious_when_the_access_is_allowed(
     assert direct.bench.events == []
 
 
-def test_tdp_mmu_map_handle_target_level_warns_when_another_page_is_mapped(
+def test_kvm_tdp_mmu_map_warns_when_another_page_is_mapped(
     direct: Faults,
 ) -> None:
     run(direct.map())
@@ -291,7 +290,7 @@ def test_tdp_mmu_map_handle_target_level_warns_when_another_page_is_mapped(
     assert spte_to_pfn(direct.spte()) == PFN
 
 
-def test_tdp_mmu_map_handle_target_level_spurious_when_a_prefetch_finds_any_leaf(
+def test_kvm_tdp_mmu_map_spurious_when_a_prefetch_finds_any_leaf(
     direct: Faults,
 ) -> None:
     run(direct.map(write=False, map_writable=False))
@@ -300,14 +299,14 @@ def test_tdp_mmu_map_handle_target_level_spurious_when_a_prefetch_finds_any_leaf
     assert direct.spte() == read_only
 
 
-def test_tdp_mmu_map_handle_target_level_marks_a_prefetched_page_as_not_accessed(
+def test_kvm_tdp_mmu_map_marks_a_prefetched_page_as_not_accessed(
     direct: Faults,
 ) -> None:
     run(direct.map(prefetch=True))
     assert not direct.spte() & ACCESSED_MASK
 
 
-def test_tdp_mmu_map_handle_target_level_gives_write_permission_to_a_present_leaf(
+def test_kvm_tdp_mmu_map_gives_write_permission_to_a_present_leaf(
     direct: Faults,
 ) -> None:
     run(direct.map(write=False, map_writable=False))
@@ -319,14 +318,14 @@ def test_tdp_mmu_map_handle_target_level_gives_write_permission_to_a_present_lea
     assert direct.vm.stats["pages_4k"] == 1
 
 
-def test_tdp_mmu_map_handle_target_level_spurious_when_nothing_would_change(
+def test_kvm_tdp_mmu_map_spurious_when_nothing_would_change(
     direct: Faults,
 ) -> None:
     run(direct.map(write=False, map_writable=False))
     assert run(direct.map(map_writable=False)) == RET_PF_SPURIOUS
 
 
-def test_tdp_mmu_map_handle_target_level_warns_and_flushes_when_permission_goes(
+def test_kvm_tdp_mmu_map_warns_and_flushes_when_permission_goes(
     direct: Faults,
 ) -> None:
     run(direct.map())
@@ -339,7 +338,7 @@ def test_tdp_mmu_map_handle_target_level_warns_and_flushes_when_permission_goes(
     assert not direct.spte() & MMU_WRITABLE_MASK
 
 
-def test_tdp_mmu_map_handle_target_level_retry_when_it_lost(direct: Faults) -> None:
+def test_kvm_tdp_mmu_map_retry_when_it_lost(direct: Faults) -> None:
     run(direct.map())
     direct.put(EMPTY)
     schedule = Schedule([direct.map()])
@@ -351,13 +350,10 @@ def test_tdp_mmu_map_handle_target_level_retry_when_it_lost(direct: Faults) -> N
     assert direct.spte() == other
 
 
-def test_tdp_mmu_map_handle_target_level_replaces_a_table_and_flushes(direct: Faults) -> None:
+def test_kvm_tdp_mmu_map_replaces_a_table_and_flushes(direct: Faults) -> None:
     run(direct.map())
     direct.bench.events.clear()
-    fault = direct.fault(gfn=BIG_GFN, pfn=BIG_PFN, goal_level=2)
-    it = direct.at(BIG_GFN, 2)
-    operation = tdp_mmu_map_handle_target_level(direct.vcpus[0], fault, it)
-    assert run(operation) == RET_PF_FIXED
+    assert run(direct.map(gfn=BIG_GFN, pfn=BIG_PFN, goal_level=2)) == RET_PF_FIXED
     assert direct.spte(BIG_GFN, 2) & PT_PAGE_SIZE_MASK
     assert direct.bench.told("kvm_flush_remote_tlbs_range") == [
         ("kvm_flush_remote_tlbs_range", BIG_GFN, 512)
@@ -366,7 +362,7 @@ def test_tdp_mmu_map_handle_target_level_replaces_a_table_and_flushes(direct: Fa
     assert (stats["pages_2m"], stats["pages_4k"], stats["pt_pages"]) == (1, 0, 2)
 
 
-def test_tdp_mmu_map_handle_target_level_emulates_what_has_no_slot(direct: Faults) -> None:
+def test_kvm_tdp_mmu_map_emulates_what_has_no_slot(direct: Faults) -> None:
     mmio: dict[str, Any] = {"slot": None, "pfn": KVM_PFN_NOSLOT}
     assert run(direct.map(**mmio)) == RET_PF_EMULATE
     assert is_mmio_spte(direct.vm, direct.spte())
@@ -377,9 +373,7 @@ def test_tdp_mmu_map_handle_target_level_emulates_what_has_no_slot(direct: Fault
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_tdp_mmu_map_handle_target_level_marks_a_writable_page_dirty(
-    direct: Faults, writable: bool
-) -> None:
+def test_kvm_tdp_mmu_map_marks_a_writable_page_dirty(direct: Faults, writable: bool) -> None:
     slot = SLOT._replace(flags=KVM_MEM_LOG_DIRTY_PAGES)
     direct.vm.dirty.commit(None, slot, initially_set=False)
     run(direct.map(slot=slot, map_writable=writable, write=writable))
