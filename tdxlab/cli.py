@@ -1,4 +1,4 @@
-"""The command `tdxlab`: lab, demo, replay, bench, doctor.
+"""The command `tdxlab`: lab, demo, replay, explore, bench, doctor.
 
 Every command imports what it needs when it runs, so that `tdxlab --help` answers at once. A mistake
 at the keyboard is one line on stderr and exit status 2, never a traceback.
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_lab(commands)
     _add_demo(commands)
     _add_replay(commands)
+    _add_explore(commands)
     for name, run, text in (
         ("bench", _bench, "measure the model's speed, as ratios to a plain-Python baseline"),
         ("doctor", _doctor, "say what is installed, what is missing and what is not modelled"),
@@ -108,6 +109,19 @@ def _add_replay(commands: argparse._SubParsersAction[_Parser]) -> None:
     replay.set_defaults(run=_replay)
 
 
+def _add_explore(commands: argparse._SubParsersAction[_Parser]) -> None:
+    text = "let a few operations meet in every possible order, and say what goes wrong"
+    explore = commands.add_parser("explore", help=text, description=text)
+    note = "what meets, such as same-page; any other word prints them all"
+    explore.add_argument("scenario", metavar="SCENARIO", help=note)
+    note = "vCPUs, from 1 to what the scenario is made for (default: 2, or that)"
+    explore.add_argument("--vcpus", type=_vcpus, metavar="N", help=note)
+    note = "turn a rule of KVM off, such as no-freeze; any other word prints them all"
+    explore.add_argument("--break", dest="rule", metavar="RULE", help=note)
+    explore.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    explore.set_defaults(run=_explore)
+
+
 def _port(text: str) -> int:
     """A TCP port as the command line names it, 1..65535."""
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65535:
@@ -153,6 +167,23 @@ def _replay(options: argparse.Namespace) -> int:
     paths = options.paths or [str(resources.traces())]
     with _progress("traces") as progress:
         return replay.command(paths, options.json, sys.stdout, sys.stderr, progress)
+
+
+def _explore(options: argparse.Namespace) -> int:
+    from tdxlab import race_command
+
+    try:
+        with _progress("states") as show:
+            return race_command.command(
+                options.scenario,
+                options.vcpus,
+                options.rule,
+                options.json,
+                sys.stdout,
+                lambda states, _moves: show(states, 0),
+            )
+    except ValueError as mistake:
+        return _complain(str(mistake))
 
 
 @contextmanager

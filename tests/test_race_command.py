@@ -1,0 +1,65 @@
+"""`tdxlab explore` as a person at the keyboard sees it."""
+
+import json
+
+import pytest
+
+from tdxlab.cli import main
+from tdxlab.races import build
+
+
+def test_explore_prints_counts_and_succeeds_where_nothing_is_wrong(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["explore", "same-page"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "same-page with 2 vCPUs: All fault on one page: one maps it"
+    assert lines[-1] == "no rule is broken"
+    found = build("same-page", 2).explore()
+    assert lines[1].startswith(f"{found.schedules:,} schedules, {found.states:,} states")
+
+
+def test_explore_prints_json_with_the_schedule_of_each_violation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["explore", "same-page", "--vcpus", "2", "--break", "no-freeze", "--json"]
+    assert main(arguments) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["scenario"], printed["vcpus"], printed["broken"]) == (
+        "same-page",
+        2,
+        "no-freeze",
+    )
+    assert printed["schedules"] > 0
+    assert printed["transitions"] >= printed["states"] - 1
+    (violation,) = printed["violations"]
+    assert violation["invariant"] == "vm_bugged"
+    assert {who for who, _ in violation["schedule"]} == {"vCPU 0", "vCPU 1"}
+
+
+def test_explore_prints_a_table_of_the_shortest_schedule(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["explore", "zap-enter", "--break", "no-track"]) == 1
+    text = capsys.readouterr().out
+    assert "no-track turned off: " in text
+    assert "TLB_TRACKING_NOT_DONE" in text
+    assert "punch hole" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["other"], "choose one of same-page, fresh-region, far-apart"),
+        (["zap-enter", "--vcpus", "2"], "zap-enter is made for 1 to 1"),
+        (["same-page", "--break", "other"], "choose one of no-freeze"),
+    ],
+)
+def test_explore_refuses_a_mistake_in_one_line(
+    arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explore", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert word in printed.err
+    assert printed.err.count("\n") == 1
