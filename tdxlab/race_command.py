@@ -70,9 +70,9 @@ def as_text(name: str, vcpus: int, rule: str | None, found: Exploration) -> Iter
     yield f"{name} with {vcpus} vCPU{'s' if vcpus > 1 else ''}: {SCENARIOS[name].what}"
     if rule is not None:
         yield f"{rule} turned off: {BREAKS[rule].what}"
-    schedules = (
-        "schedules without end" if found.schedules is None else f"{found.schedules:,} schedules"
-    )
+    schedules = "schedules without end" if found.complete else "schedules not counted"
+    if found.schedules is not None:
+        schedules = f"{found.schedules:,} schedules"
     yield f"{schedules}, {found.states:,} states, {found.transitions:,} transitions"
     if not found.complete:
         yield f"not complete: gave up after {found.moves:,} moves"
@@ -80,5 +80,6 @@ def as_text(name: str, vcpus: int, rule: str | None, found: Exploration) -> Iter
         yield "no rule is broken"
     for violation in found.violations:
         yield ""
-        yield f"{violation.invariant}, in {violation.states:,} states; the shortest schedule:"
+        states = f"{violation.states:,} state{'s' if violation.states > 1 else ''}"
+        yield f"{violation.invariant}, in {states}; the shortest schedule:"
         yield violation.table()
