@@ -37,9 +37,24 @@ DAMAGES = {
     ),
     "a button that ignores its slider": (
         "from tdxlab.study import panel_life\n"
-        "old = panel_life.LifePanel._run\n"
-        "panel_life.LifePanel._run = lambda self, name, page: old(self, name, 0)",
+        "old = panel_life._COMMANDS['touch']\n"
+        "panel_life._COMMANDS['touch'] = lambda lab, page: old(lab, 0)",
         "touch",
+    ),
+    "a fault path that maps shared memory as if it were private": (
+        "from tdxlab.study import life_lab\n"
+        "life_lab.LifeLab.touch_shared = life_lab.LifeLab.touch\n"
+        "from tdxlab.study import panel_life\n"
+        "panel_life._COMMANDS['touch-shared'] = life_lab.LifeLab.touch",
+        "touch-shared",
+    ),
+    "a mirror that is not seen to change": (
+        "from tdxlab.study import life_lab\n"
+        "old = life_lab._collect\n"
+        "def broken(vm, sp, found):\n"
+        "    return None if sp.is_mirror else old(vm, sp, found)\n"
+        "life_lab._collect = broken",
+        "build",
     ),
     "a map filled from the wrong end": (
         "from tdxlab.study import svg\n"
@@ -108,7 +123,7 @@ def test_solutions_are_right_and_answers_are_open() -> None:
     shown = dict(saved())
     solutions = [text for name, text in shown.items() if name.startswith("solution")]
     answers = [text for name, text in shown.items() if name.startswith("answer")]
-    assert len(solutions) == len(answers) == 6
+    assert len(solutions) == len(answers) == 7
     assert all(": right, " in text for text in solutions)
     assert all(text.endswith("not answered yet.") for text in answers)
 

@@ -8,9 +8,9 @@ from random import Random
 import pytest
 from matplotlib.figure import Figure
 
-from tdxlab.scenarios import CODE_GPA, booted_machine, life_of_a_td
+from tdxlab.scenarios import booted_machine, life_of_a_td
 from tdxlab.study import plots, tables
-from tdxlab.study.panel_life import LifePanel, who_may_touch
+from tdxlab.study.panel_life import LifePanel
 from tdxlab.study.panels import Panel, operand_rows, trace_line
 from tdxlab.tape import Tape
 
@@ -159,85 +159,6 @@ def test_trace_line_shows_registers_before_and_after() -> None:
     assert lines[52] == "LP 0  clear 64 x MOVDIR64B  hpa=0x100011000"
     assert operand_rows(tape.actions[0])[0] == ("RAX", 9, "leaf number")
     assert operand_rows(tape.actions[52]) == []
-
-
-# -- the life-cycle panel
-
-
-def test_life_panel_lives_the_story_of_the_scenario(life: LifePanel) -> None:
-    life.build.click()
-    life.page.value = 1
-    life.touch.click()
-    life.remove.click()
-    life.tear_down.click()
-    names = [action.name for action in life.tape.actions if action.kind == "SEAMCALL"]
-    story = [action.name for action in life_of_a_td().actions if action.kind == "SEAMCALL"]
-    assert names == story
-    assert life.numbers()["pages owned"] == 0
-
-
-@pytest.mark.parametrize(("gpaw", "calls"), [(48, 38), (52, 39)])
-def test_life_panel_builds_a_td_of_the_width(gpaw: int, calls: int) -> None:
-    life = LifePanel(gpaw=gpaw)
-    life.build.click()
-    assert life.numbers()["SEAMCALLs"] == calls
-    assert life.numbers()["S-EPT tables"] == {48: 3, 52: 4}[gpaw]
-
-
-def test_life_panel_refuses_what_makes_no_sense_and_changes_nothing(life: LifePanel) -> None:
-    for button, complaint in ((life.touch, "no TD"), (life.remove, "no TD")):
-        button.click()
-        assert complaint in life.error
-    life.build.click()
-    before = life.machine.digest()
-    life.page.value = 3
-    for button, complaint in ((life.build, "already"), (life.remove, "no page is mapped")):
-        button.click()
-        assert complaint in life.error
-    assert life.machine.digest() == before
-
-
-def test_life_panel_goes_on_from_where_it_was_stepped_back_to(life: LifePanel) -> None:
-    life.build.click()
-    for page in (1, 2):
-        life.page.value = page
-        life.touch.click()
-    life.tear_down.click()
-    life.scrub.value = life.tape.position - 3
-    life.remove.click()
-    assert life.error == ""
-    assert life.numbers()["pages mapped"] == 2
-    life.reset.click()
-    for button in (life.build, life.touch):
-        button.click()
-    life.page.value = 1
-    life.touch.click()
-    assert life.numbers()["pages mapped"] == 3
-
-
-def test_life_panel_touches_the_page_that_the_slider_chooses(life: LifePanel) -> None:
-    life.build.click()
-    before = life.tape.position
-    life.page.value = 5
-    assert life.tape.position == before
-    life.touch.click()
-    gpas = [action.inputs["gpa"] for action in life.actions_of("touch") if "gpa" in action.inputs]
-    assert set(gpas) == {CODE_GPA + 5 * 4096}
-
-
-def test_who_may_touch_shows_text_to_the_guest_and_noise_to_the_host(life: LifePanel) -> None:
-    life.build.click()
-    life.page.value = 1
-    life.touch.click()
-    code, heap = who_may_touch(life)
-    assert code.guest_reads == "the guest's firs"
-    assert heap.guest_reads == "." * 16
-    assert {code.host_reads, heap.host_reads}.isdisjoint({code.guest_reads, heap.guest_reads})
-    pending = next(i for i, a in enumerate(life.tape.actions) if a.name == "TDH.MEM.PAGE.AUG") + 1
-    life.scrub.value = pending
-    before = life.machine.digest()
-    assert [row.guest_reads for row in who_may_touch(life)][1] == "(no access)"
-    assert life.machine.digest() == before
 
 
 def test_two_panels_do_not_disturb_each_other(life: LifePanel) -> None:

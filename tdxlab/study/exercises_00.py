@@ -1,4 +1,4 @@
-"""The exercises of notebook 00: counting what a TD's life takes.
+"""The exercises of notebook 00: counting what a TD's life takes, and which tree it changes.
 
 Every right answer is counted on a machine that lives the life in question.
 """
@@ -9,15 +9,13 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from tdxlab import views
-from tdxlab.abi.leaves import TDH_MR_EXTEND, TDH_PHYMEM_PAGE_RECLAIM
+from tdxlab.accounts import DIRECT, EXTERNAL, MIRROR
 from tdxlab.arch import PAGE_SIZE
-from tdxlab.host import Host
-from tdxlab.host_td import HostTd
-from tdxlab.scenarios import CODE_GPA, HEAP_GPA, booted_machine, life_of_a_td
+from tdxlab.machine import Machine
 from tdxlab.study.exercises import Exercise, Variant
-from tdxlab.study.tables import is_seamcall, pamt_pages
-from tdxlab.tape import Tape
+from tdxlab.study.life_lab import SHARED, LifeLab
+from tdxlab.study.tables import pamt_pages
+from tdxlab.vmm_td import Td
 
 
 def _told(general: str, special: dict[int, str]) -> Callable[[Any], str]:
@@ -25,36 +23,32 @@ def _told(general: str, special: dict[int, str]) -> Callable[[Any], str]:
     return lambda answer: special.get(answer, general)
 
 
-def _td(gpaw: int, *, vcpus: int, pages: int, measured: bool = True) -> HostTd:
-    """A finalised TD whose initial pages lie side by side, on a machine of its own."""
-    td = HostTd(Host(booted_machine()), gpaw=gpaw, max_vcpus=vcpus)
-    for lp in range(vcpus):
-        td.add_vcpu(lp=lp)
-    for gpa in range(CODE_GPA, CODE_GPA + pages * PAGE_SIZE, PAGE_SIZE):
-        td.add_page(gpa)
-        if measured:
-            td.measure(gpa)
+def _td(gpaw: int, *, vcpus: int, pages: int, measured: bool = True) -> tuple[Machine, Td]:
+    """A finalized TD whose initial pages lie side by side, on a machine of its own."""
+    machine = Machine(gpaw=gpaw, memory="1 GiB", lps=vcpus, packages=1)
+    td = machine.create_td(vcpus=vcpus, memory="2 MiB", launch=False)
+    td.add_image(0, bytes(pages * PAGE_SIZE), measure=measured)
     td.finalize()
-    return td
+    return machine, td
 
 
 def _calls_to_finalize(gpaw: int, seed: int) -> Variant:
-    names = [action.name for action in life_of_a_td(gpaw=gpaw).actions if is_seamcall(action)]
-    built, whole = names.index("TDH.MR.FINALIZE") + 1, len(names)
+    lab = LifeLab(gpaw=gpaw)
+    lab.build()
+    phases = [row.calls for row in lab.tape.phase_counts()]
     general = "Reset the panel, press Build, and read the number after SEAMCALLs."
-    too_many = "That is the whole life. Count only up to TDH.MR.FINALIZE, itself included."
+    some = "That is one phase, or some of them. Add up all four phases of section 2."
     return Variant(
-        "How many SEAMCALLs does it take from TDH.MNG.CREATE to TDH.MR.FINALIZE, for a TD with "
+        "How many SEAMCALLs does KVM make from TDH.MNG.CREATE to TDH.MR.FINALIZE, for a TD with "
         f"one vCPU and one measured page, at GPAW {gpaw}?",
-        built,
-        _told(general, {whole: too_many}),
+        sum(phases),
+        _told(general, dict.fromkeys([*phases, phases[0] + phases[1]], some)),
     )
 
 
 def _pages_owned(gpaw: int, seed: int) -> Variant:
     vcpus, pages = _draw(seed, (1, 1), most=(4, 200))
-    td = _td(gpaw, vcpus=vcpus, pages=pages, measured=False)
-    machine = td.host.machine
+    machine, _ = _td(gpaw, vcpus=vcpus, pages=pages, measured=False)
     owned = sum(row.pages for row in pamt_pages(machine))
     tdr_missing = "Almost: the TDR is a page too, and the TD does not count it among its children."
     general = (
@@ -71,8 +65,8 @@ def _pages_owned(gpaw: int, seed: int) -> Variant:
 
 def _measure_calls(gpaw: int, seed: int) -> Variant:
     (pages,) = _draw(seed, (4,), most=(32,))
-    machine = _td(gpaw, vcpus=1, pages=pages).host.machine
-    calls = machine.trace.seamcalls()[TDH_MR_EXTEND]
+    machine, _ = _td(gpaw, vcpus=1, pages=pages)
+    calls = machine.seamcalls["TDH.MR.EXTEND"]
     per_page = (
         "That would be one call for a page. See how far one call of TDH.MR.EXTEND goes: its RCX "
         "moves by 0x100 from call to call."
@@ -82,15 +76,17 @@ def _measure_calls(gpaw: int, seed: int) -> Variant:
         "TDH.MR.EXTEND called?",
         calls,
         _told(
-            "Step through the phase `measure a page` and count the calls for one page.",
+            "Step through the phase `add the image` and count the calls for one page.",
             {pages: per_page},
         ),
     )
 
 
 def _accepting_leaf(gpaw: int, seed: int) -> Variant:
-    tape = life_of_a_td(gpaw=gpaw)
-    (leaf,) = {action.name for action in tape.actions if action.kind == "TDCALL"}
+    lab = LifeLab(gpaw=gpaw)
+    lab.build()
+    lab.touch(1)
+    (leaf,) = {action.name for action in lab.tape.actions if action.name.startswith("TDG.")}
     return Variant(
         "A page that the host maps into a running TD is of no use until the guest itself makes a "
         "call. Which leaf is it? Write its full name.",
@@ -101,64 +97,109 @@ def _accepting_leaf(gpaw: int, seed: int) -> Variant:
                 if str(answer).strip().upper().startswith("TDH.")
                 else ""
             )
-            + "Press Touch for a new page and look for the one TDCALL among the SEAMCALLs."
+            + "Press Touch for a new page and look for the TDCALL among the SEAMCALLs."
         ),
     )
 
 
 def _states_of_a_page(gpaw: int, seed: int) -> Variant:
+    page = Random(seed).randint(2, 7) if seed else 1
     return Variant(
-        "Which states does the S-EPT entry of a page pass that is mapped into a running TD, "
-        "accepted, and then removed? Write all of them in order, FREE at both ends.",
-        states_of(life_of_a_td(gpaw=gpaw), HEAP_GPA),
+        f"The guest touches its private page {page} for the first time and then shares it. Which "
+        "states does the page's entry in the Secure EPT pass? Write all of them in order, FREE at "
+        "both ends.",
+        states_of(gpaw, page),
         _states_hint,
     )
 
 
-def states_of(tape: Tape, gpa: int) -> tuple[str, ...]:
-    """The states that the 4 KiB entry for `gpa` passes on a tape until the TD is torn down."""
+def states_of(gpaw: int, page: int) -> tuple[str, ...]:
+    """The states that the S-EPT entry of a page passes that is touched and then shared."""
+    lab = LifeLab(gpaw=gpaw)
+    lab.build()
+    first = lab.tape.position
+    lab.touch(page)
+    lab.share(page)
     states = ["FREE"]
-    end = next(i for i, action in enumerate(tape.actions) if action.phase == "tear down")
-    for position in range(end):
-        tape.seek(position)
-        now = _state(tape, gpa)
+    for position in range(first, len(lab.tape) + 1):
+        lab.tape.seek(position)
+        now = _leaves(lab, EXTERNAL).get(page, "FREE")
         if now != states[-1]:
             states.append(now)
     return tuple(states)
 
 
-def _state(tape: Tape, gpa: int) -> str:
-    machine = tape.machine
-    rows = (row for tdr in views.tds(machine) for row in views.sept_rows(machine, tdr))
-    return next((row.state for row in rows if row.gpa == gpa and row.sept_level == 0), "FREE")
+def _leaves(lab: LifeLab, tree: str) -> dict[int, str]:
+    """Page -> state of its leaf in a tree."""
+    tables = [table for table in lab.trees()[tree] if table.level == 0]
+    return {entry.number: entry.state for table in tables for entry in table.entries}
 
 
 def _states_hint(answer: Any) -> str:
     if len(answer) < 2 or {str(answer[0]).upper(), str(answer[-1]).upper()} != {"FREE"}:
         return "The entry is FREE before the page is mapped, and FREE again at the end."
     return (
-        "Touch a new page, remove it, and step back through both: the tree shows the letter and "
-        "the state of the entry after every call."
+        "Touch a new page, share it, and step back through both: the external tree shows the "
+        "letter of the entry after every call, and under the mouse its state."
     )
 
 
 def _reclaims(gpaw: int, seed: int) -> Variant:
     vcpus, pages = _draw(seed, (1, 3), most=(4, 64))
-    td = _td(gpaw, vcpus=vcpus, pages=pages, measured=False)
-    td.tear_down()
-    calls = td.host.machine.trace.seamcalls()[TDH_PHYMEM_PAGE_RECLAIM]
+    machine, td = _td(gpaw, vcpus=vcpus, pages=pages, measured=False)
+    td.destroy()
+    calls = machine.seamcalls["TDH.PHYMEM.PAGE.RECLAIM"]
+    removed = (
+        "You have counted the guest's pages too. KVM removes them one by one while the TD still "
+        "has its KeyID; see what TDH.MEM.PAGE.REMOVE does in the phase `tear down`."
+    )
+    tables = "Those are the guest's pages. They are removed, not reclaimed; what else is there?"
     return Variant(
         f"A TD with {_some(vcpus, 'vCPU')} and {_some(pages, 'page')} in one 2 MiB range is torn "
-        f"down at GPAW {gpaw}. How often is TDH.PHYMEM.PAGE.RECLAIM called?",
+        f"down at GPAW {gpaw}. How often does KVM call TDH.PHYMEM.PAGE.RECLAIM?",
         calls,
         _told(
-            "Each page that the TD owns is reclaimed by itself, whatever its type. Compare the "
-            "number with the pages owned just before the end.",
-            {
-                pages: "Those are the guest's pages alone. Its tables and its control "
-                "structures take pages as well."
-            },
+            "What is left when the guest's pages are gone is reclaimed page by page: the vCPUs' "
+            "pages, the tables below the root, the control pages, the TDR.",
+            {pages: tables, calls + pages: removed},
         ),
+    )
+
+
+#: What the guest does -> how the lab does it.
+_ACTS: dict[str, Callable[[LifeLab], None]] = {
+    "writes to a shared page": lambda lab: lab.touch_shared(2),
+    "writes to a private page": lambda lab: lab.touch(3),
+    "has a private page converted that it has used": lambda lab: lab.share(1),
+}
+
+
+def _changed_trees(gpaw: int, seed: int) -> Variant:
+    act = list(_ACTS)[seed % len(_ACTS)]
+    lab = LifeLab(gpaw=gpaw)
+    lab.build()
+    lab.touch(1)
+    lab.share(2)
+    before = {tree: _leaves(lab, tree) for tree in (MIRROR, EXTERNAL, DIRECT)}
+    _ACTS[act](lab)
+    changed = {tree for tree in before if _leaves(lab, tree) != before[tree]}
+    time = "" if "used" in act else " for the first time"
+    return Variant(
+        f"The guest {act}{time}. In which of the three trees has an entry of the lowest level "
+        'changed afterwards? Write a set of "mirror", "external" and "direct".',
+        frozenset(changed),
+        _trees_hint,
+    )
+
+
+def _trees_hint(answer: Any) -> str:
+    if isinstance(answer, str) or not set(answer) <= {MIRROR, EXTERNAL, DIRECT}:
+        return 'Write a set of names, such as {"mirror"}.'
+    if (MIRROR in answer) != (EXTERNAL in answer):
+        return "The mirror is KVM's copy of the external tree: at rest they have the same leaves."
+    return (
+        "Note the numbers of mirror leaves, S-EPT leaves and direct leaves, do it in the panel "
+        f"(it has the buttons Touch, Share and Touch {SHARED}), and compare."
     )
 
 
@@ -179,4 +220,5 @@ EXERCISES = (
     Exercise("00.4", _accepting_leaf),
     Exercise("00.5", _states_of_a_page),
     Exercise("00.6", _reclaims),
+    Exercise("00.7", _changed_trees),
 )

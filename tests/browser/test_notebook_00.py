@@ -17,7 +17,9 @@ def story() -> LifePanel:
     panel = LifePanel(gpaw=48)
     panel.build.click()
     panel.page.value = 1
-    for button in (panel.touch, panel.remove, panel.tear_down):
+    panel.touch.click()
+    panel.page.value = 2
+    for button in (panel.touch, panel.share, panel.touch_shared, panel.tear_down):
         button.click()
     return panel
 
@@ -68,16 +70,18 @@ def test_buttons_and_keys_lead_to_the_states_that_python_counts(
 def test_own_buttons_act_and_mistakes_are_shown(shown: PanelPage) -> None:
     panel = LifePanel(gpaw=48)
     shown.click("tdxlab-reset", then="Step 0 of")
-    shown.click("tdxlab-build", then="Step 40 of 40")
+    shown.click("tdxlab-build", then="Step 54 of 54")
     panel.build.click()
     assert shown.agrees_with(panel)
-    shown.press("tdxlab-page", "Home", then="Step 40 of 40")
-    shown.press("tdxlab-page", "ArrowRight", then="Step 40 of 40")
-    shown.press("tdxlab-page", "ArrowRight", then="Step 40 of 40")
-    shown.click("tdxlab-touch", then="Step 46 of 46")
+    shown.press("tdxlab-page", "Home", then="Step 54 of 54")
+    shown.press("tdxlab-page", "ArrowRight", then="Step 54 of 54")
+    shown.press("tdxlab-page", "ArrowRight", then="Step 54 of 54")
     panel.page.value = 2
-    panel.touch.click()
-    assert shown.agrees_with(panel)
+    for name, end in (("touch", 60), ("share", 68), ("touch-shared", 75)):
+        shown.click(f"tdxlab-{name}", then=f"Step {end} of {end}")
+        panel.command(name)
+        panel.draw()
+        assert shown.agrees_with(panel)
     shown.part("tdxlab-build").click()
     shown.wait_for_error("the TD is there already")
 
@@ -87,11 +91,12 @@ def test_panel_fits_the_notebook_without_sideways_scrolling(
     shown: PanelPage, width: int, height: int
 ) -> None:
     shown.page.set_viewport_size({"width": width, "height": height})
-    picture = shown.image()
-    shown.type_position(45, then="Step 45 of")
-    shown.wait_for_another_image(picture)
-    shown.part("tdxlab-figure").scroll_into_view_if_needed()
     SHOTS.mkdir(exist_ok=True)
+    picture = shown.image()
+    shown.type_position(71, then="Step 71 of")
+    shown.wait_for_another_image(picture)
+    shown.page.screenshot(path=SHOTS / f"00-{width}x{height}-top.png")
+    shown.part("tdxlab-figure").scroll_into_view_if_needed()
     shown.page.screenshot(path=SHOTS / f"00-{width}x{height}.png")
     area = "element => { const area = element.closest('.jp-OutputArea-output');"
     assert shown.root.evaluate(f"{area} return area.scrollWidth <= area.clientWidth; }}")
