@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from tdxlab.study.panel_mirror import MirrorPanel
@@ -20,11 +18,9 @@ def story() -> MirrorPanel:
 
 
 @pytest.fixture
-def shown(lab_page: Callable[[str], LabPage]) -> PanelPage:
+def shown(notebook: LabPage) -> PanelPage:
     """The notebook's panel, its story told anew, gfn 0 chosen."""
-    opened = lab_page(NOTEBOOK)
-    opened.run_all()
-    page = PanelPage(opened.page)
+    page = PanelPage(notebook.page)
     page.click("tdxlab-retell", then="Step 0 of 62")
     return page
 
@@ -85,6 +81,7 @@ def test_panel_fits_the_notebook_without_sideways_scrolling(
     shown.page.set_viewport_size({"width": width, "height": height})
     type_gfn(shown, "0x0")
     shown.type_position(22, then="Step 22 of 62")
+    shown.root.locator("[aria-label*='4K FROZEN']").wait_for()
     shown.root.scroll_into_view_if_needed()
     SHOTS.mkdir(exist_ok=True)
     shown.page.screenshot(path=SHOTS / f"04-{width}x{height}.png")
