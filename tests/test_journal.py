@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tdxlab.journal import Field, Fields, Journal, Mark, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Mark, Table, Words, fields_of
 from tdxlab.snapshots import Snapshots
 
 
@@ -214,10 +214,10 @@ class Counter:
 def test_field_reads_as_its_default_until_it_is_set() -> None:
     counter = Counter(Journal())
     assert (counter.count, counter.names) == (3, ())
-    assert counter.fields.as_dict() == {}
+    assert counter.fields.as_dict() == {"count": 3, "names": ()}
     counter.count += 1
     assert counter.count == 4
-    assert counter.fields.as_dict() == {"count": 4}
+    assert counter.fields.as_dict() == {"count": 4, "names": ()}
 
 
 def test_field_without_fields_is_refused() -> None:
@@ -260,14 +260,21 @@ def test_field_is_taken_back_to_its_value_or_its_default() -> None:
     assert journal.digest() == digest
 
 
-def test_field_that_is_set_to_its_default_counts_as_a_change_of_state() -> None:
+def test_field_that_is_set_to_its_default_is_no_change_of_state() -> None:
     journal = Journal()
     counter = Counter(journal)
     digest = journal.digest()
     counter.count = 3
+    assert journal.digest() == digest
+    counter.count = 4
     assert journal.digest() != digest
 
 
-def test_field_of_the_class_is_the_field_itself() -> None:
-    assert isinstance(Counter.count, Field)
-    assert (Counter.count.name, Counter.count.default) == ("count", 3)
+def test_fields_of_a_class_are_its_own_and_those_it_inherits() -> None:
+    class Louder(Counter):
+        count = Field(5)
+        volume = Field(9)
+
+    assert fields_of(Louder) == {"count": 5, "names": (), "volume": 9}
+    assert fields_of(Counter) == {"count": 3, "names": ()}
+    assert Louder(Journal()).count == 5
