@@ -118,7 +118,7 @@ def use_a_free_page(bench: Bench) -> None:
 
 
 def lose_count_of_pages(bench: Bench) -> None:
-    bench.machine.host.pages._out.put(0, bench.machine.host.pages._out.view[0] - 1)
+    bench.machine.host.pages._counts.put(0, bench.machine.host.pages._counts.view[0] - 1)
 
 
 def return_a_page_that_is_in_use(bench: Bench) -> None:
@@ -128,7 +128,7 @@ def return_a_page_that_is_in_use(bench: Bench) -> None:
     other = pages.alloc_page("first")
     pages.free_page(other)
     pages._use.put(other >> PAGE_SHIFT, pages._numbers["first"])
-    pages._out.put(0, pages._out.view[0] + 1)
+    pages._counts.put(0, pages._counts.view[0] + 1)
 
 
 def keep_a_control_page_as_a_table_page(bench: Bench) -> None:

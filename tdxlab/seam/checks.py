@@ -82,9 +82,9 @@ _PAGE_INFO_RESERVED = MASK64 & ~(HPA_MASK | _LEVEL_MASK)
 # -- TDs and vCPUs
 
 
-def lock_tdr(call: Call, hpa: int, operand: int, *, exclusive: bool = False) -> Td:
+def lock_tdr(call: Call, hpa: int, operand: int, exclusive: bool = False) -> Td:
     """Take the TD whose TDR is at `hpa`. Refuses as `lock_page` with PT_TDR."""
-    lock_page(call, hpa, operand, PT_TDR, exclusive=exclusive)
+    lock_page(call, hpa, operand, PT_TDR, exclusive)
     return Td(call.module.memory, hpa)
 
 
@@ -106,7 +106,7 @@ def lock_owner(call: Call, entry: int) -> Td:
     return Td(call.module.memory, tdr)
 
 
-def open_tdcs(call: Call, td: Td, *, lock: bool = True) -> None:
+def open_tdcs(call: Call, td: Td, lock: bool = True) -> None:
     """The TD is in a state in which this leaf may work on it; maps its TDCS.
 
     lock: take the op-state lock shared (not when the TDR is held exclusively).
@@ -179,7 +179,7 @@ def require_private_gpa(call: Call, td: Td, gpa: int) -> None:
         raise Refused(INVALID_RCX)
 
 
-def lock_sept_tree(call: Call, td: Td, *, exclusive: bool = False) -> None:
+def lock_sept_tree(call: Call, td: Td, exclusive: bool = False) -> None:
     """Take the lock of the TD's whole S-EPT. Refuses: OPERAND_BUSY with operand SEPT_TREE."""
     words = call.module.memory.words
     index = td.tdcs + _SEPT_LOCK
@@ -223,10 +223,11 @@ def lock_septe(call: Call, place: sept.Place) -> sept.Place:
     """Take the entry's own lock; returns the entry without its lock bits. Refuses, with RCX and
     details: OPERAND_BUSY.
     """
-    if not try_lock_septe(call, place.word):
+    word, _, septe = place
+    if not try_lock_septe(call, word):
         refuse_entry(TDX_OPERAND_BUSY + OPERAND_ID_RCX, place)
-    if place.septe & HOST_PRIORITY:
-        return place._replace(septe=place.septe & ~HOST_PRIORITY)
+    if septe & HOST_PRIORITY:
+        return place._replace(septe=septe & ~HOST_PRIORITY)
     return place
 
 
@@ -242,7 +243,8 @@ def require_sept_state(
     """The entry is in a state that this leaf goes on with; returns its state bits. Refuses, with
     RCX and details: `status`.
     """
-    bits = place.septe & SEPT_STATE_MASK
+    _, _, septe = place
+    bits = septe & SEPT_STATE_MASK
     if bits not in SEPT_ACCEPTS[call.leaf]:
         refuse_entry(status + OPERAND_ID_RCX, place)
     return bits
@@ -260,7 +262,8 @@ def require_tracked(call: Call, td: Td, place: sept.Place, entry: int) -> None:
     Refuses, with RCX: GPA_RANGE_NOT_BLOCKED, details; TLB_TRACKING_NOT_DONE, no details.
     Source: helpers.h, is_tlb_tracked; the bodies of the leaves.
     """
-    state = SEPT_STATE_BY_BITS[place.septe & SEPT_STATE_MASK]
+    _, _, septe = place
+    state = SEPT_STATE_BY_BITS[septe & SEPT_STATE_MASK]
     if not state.tracked or not tracking_applies(call, td):
         return
     if not state.blocked:
@@ -274,7 +277,7 @@ def tracking_applies(call: Call, td: Td) -> bool:
     return call.module.memory.words.view[td.tdcs + Tdcs.OP_STATE] in TLB_TRACKING_OP_STATES
 
 
-def begin_td(call: Call, *, flags: int = 0) -> tuple[int, Td]:
+def begin_td(call: Call, flags: int = 0) -> tuple[int, Td]:
     """The TD that RDX names, in a state for this leaf; returns (RCX as given, TD). RCX and RDX are
     cleared first.
 
@@ -291,7 +294,7 @@ def begin_td(call: Call, *, flags: int = 0) -> tuple[int, Td]:
 
 
 def begin_entry(
-    call: Call, td: Td, operand: int, lowest: int, highest: int | None, *, exclusive: bool = False
+    call: Call, td: Td, operand: int, lowest: int, highest: int | None, exclusive: bool = False
 ) -> tuple[int, sept.Place]:
     """The S-EPT entry that `operand` (GPA and level) names, under its lock; returns (gpa, entry).
 
@@ -306,19 +309,20 @@ def begin_entry(
     gpa, sept_level = page_info(operand, lowest, eptp >> 3 & 7 if highest is None else highest)
     if not is_private_gpa(gpa, view[td.tdcs + _GPAW]):
         raise Refused(INVALID_RCX)
-    lock_sept_tree(call, td, exclusive=exclusive)
+    lock_sept_tree(call, td, exclusive)
     place = sept.walk(memory, eptp, gpa, sept_level)
-    if place.sept_level != sept_level:
+    _, reached, _ = place
+    if reached != sept_level:
         refuse_entry(TDX_EPT_WALK_FAILED + OPERAND_ID_RCX, place)
     return gpa, lock_septe(call, place)
 
 
 def begin_mem(
-    call: Call, lowest: int, highest: int | None, *, exclusive: bool = False, flags: int = 0
+    call: Call, lowest: int, highest: int | None, exclusive: bool = False, flags: int = 0
 ) -> tuple[Td, int, sept.Place]:
     """What most TDH.MEM leaves begin with: `begin_td`, then `begin_entry`; returns (TD, gpa, S-EPT
     entry under lock).
     """
-    operand, td = begin_td(call, flags=flags)
-    gpa, place = begin_entry(call, td, operand, lowest, highest, exclusive=exclusive)
+    operand, td = begin_td(call, flags)
+    gpa, place = begin_entry(call, td, operand, lowest, highest, exclusive)
     return td, gpa, place

@@ -18,40 +18,44 @@ FIRST_EPOCH = 1
 #: A BEPOCH with this bit holds a migration epoch instead.
 MIGRATION_EPOCH = 1 << 63
 
+#: Words of the TDCS: the present epoch; two counts of vCPUs inside.
+_EPOCH, _REFCOUNT = Tdcs.TD_EPOCH, Tdcs.REFCOUNT
+
 
 def is_tracked(words: Words, tdcs: int, bepoch: int) -> bool:
     """True if no TLB can hold a translation that was made before the page was blocked in epoch
     `bepoch`.
     """
     view = words.view
-    epoch = view[tdcs + Tdcs.TD_EPOCH]
+    epoch = view[tdcs + _EPOCH]
     if bepoch & MIGRATION_EPOCH:
         return False
     if bepoch == epoch - 1:
-        return bool(view[tdcs + Tdcs.REFCOUNT + (bepoch & 1)] == 0)
+        return bool(view[tdcs + _REFCOUNT + (bepoch & 1)] == 0)
     return bool(bepoch < epoch - 1)
 
 
 def is_previous_busy(words: Words, tdcs: int) -> bool:
     """True while a vCPU is inside that entered in the epoch before the present one."""
     view = words.view
-    return view[tdcs + Tdcs.REFCOUNT + (1 - (view[tdcs + Tdcs.TD_EPOCH] & 1))] != 0
+    return view[tdcs + _REFCOUNT + (1 - (view[tdcs + _EPOCH] & 1))] != 0
 
 
 def advance(words: Words, tdcs: int) -> None:
     """Begin the next epoch; its counter is the one just seen as 0."""
-    words.cells[tdcs + Tdcs.TD_EPOCH] = words.view[tdcs + Tdcs.TD_EPOCH] + 1
+    index = tdcs + _EPOCH
+    words.cells[index] = words.view[index] + 1
 
 
 def join(words: Words, tdcs: int) -> int:
     """One more vCPU is inside; returns the epoch that it belongs to."""
-    epoch = words.view[tdcs + Tdcs.TD_EPOCH]
-    counter = tdcs + Tdcs.REFCOUNT + (epoch & 1)
+    epoch = words.view[tdcs + _EPOCH]
+    counter = tdcs + _REFCOUNT + (epoch & 1)
     words.put(counter, words.view[counter] + 1)
     return epoch
 
 
 def part(words: Words, tdcs: int, vcpu_epoch: int) -> None:
     """A vCPU that had entered in `vcpu_epoch` is outside again."""
-    counter = tdcs + Tdcs.REFCOUNT + (vcpu_epoch & 1)
+    counter = tdcs + _REFCOUNT + (vcpu_epoch & 1)
     words.put(counter, words.view[counter] - 1)

@@ -175,13 +175,13 @@ class Module:
             self.require_host(lp)
         trace = self.trace
         inputs = registers.as_dict() if trace.logging else None
-        is_plain = self.system.view[_STATE] == SYS_READY and not self._end
-        leaf = LEAVES.get(rax) if is_plain else None
-        status = TDX_SUCCESS if leaf else self._refuse_early(rax)
-        if status == TDX_SUCCESS:
+        leaf, status = LEAVES.get(rax), TDX_SUCCESS
+        if leaf is None or self._end or self.system.view[_STATE] != SYS_READY:
+            leaf, status = LEAVES.get(rax & 0xFFFF), self._refuse_early(rax)
+        if leaf is not None and status == TDX_SUCCESS:
             call = Call(self, lp, rax & 0xFFFF, rax >> 16, registers)
             try:
-                for _ in (leaf or LEAVES[call.leaf])(call):
+                for _ in leaf(call):
                     pass
             except _REFUSALS as end:
                 self._refuse(call, end)
@@ -205,13 +205,13 @@ class Module:
             self.require_host(lp)
         trace = self.trace
         inputs = registers.as_dict() if trace.logging else None
-        is_plain = self.system.view[_STATE] == SYS_READY and not self._end
-        leaf = LEAVES.get(rax) if is_plain else None
-        status = TDX_SUCCESS if leaf else self._refuse_early(rax)
-        if status == TDX_SUCCESS:
+        leaf, status = LEAVES.get(rax), TDX_SUCCESS
+        if leaf is None or self._end or self.system.view[_STATE] != SYS_READY:
+            leaf, status = LEAVES.get(rax & 0xFFFF), self._refuse_early(rax)
+        if leaf is not None and status == TDX_SUCCESS:
             call = Call(self, lp, rax & 0xFFFF, rax >> 16, registers)
             try:
-                for step in (leaf or LEAVES[call.leaf])(call):
+                for step in leaf(call):
                     self.calls_suspended += 1
                     try:
                         yield step

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tdxlab.seam.module import Module
 
 
-def walk_pamt(call: Call, hpa: int, operand: int, *, exclusive: bool) -> tuple[int, int]:
+def walk_pamt(call: Call, hpa: int, operand: int, exclusive: bool) -> tuple[int, int]:
     """Take the PAMT entry that represents `hpa`, whatever its type; returns (entry, size code).
 
     The 1G and 2M entries on the way are taken shared, the last one as asked.
@@ -83,16 +83,14 @@ def _walk_slowly(call: Call, path: Path, operand: int, exclusive: bool) -> tuple
     return entry, 0
 
 
-def lock_page(
-    call: Call, hpa: int, operand: int, page_type: int, *, exclusive: bool = False
-) -> int:
+def lock_page(call: Call, hpa: int, operand: int, page_type: int, exclusive: bool = False) -> int:
     """Take the 4 KiB page at `hpa`, which must be of `page_type`; returns its PAMT_4K entry.
 
     Refuses, all with `operand`: as `walk_pamt`; then PAGE_METADATA_INCORRECT (inside a bigger page,
     or another type).
     Source: helpers.c, check_and_lock_explicit_private_hpa.
     """
-    entry, size = walk_pamt(call, hpa, operand, exclusive=exclusive)
+    entry, size = walk_pamt(call, hpa, operand, exclusive)
     word = call.module.pamt.words.view[entry]
     if size or (word & TYPE_MASK) >> TYPE_SHIFT != page_type:
         raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)

@@ -111,7 +111,8 @@ def remake(place: Place, state_bits: int) -> int:
 
 def leaf_hpa(place: Place) -> int:
     """HPA of the page that a leaf maps; an accept counter in the low address bits is left out."""
-    return place.septe & HPA_MASK & -1 << (12 + 9 * place.sept_level)
+    _, sept_level, septe = place
+    return septe & HPA_MASK & -1 << (12 + 9 * sept_level)
 
 
 def is_pending(septe: int) -> bool:

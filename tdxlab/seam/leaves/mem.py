@@ -95,12 +95,13 @@ def tdh_mem_page_aug(call: Call) -> Operation:
     module, hpa, tdr = call.module, call.registers.r8, call.registers.rdx
     td, gpa, place = begin_mem(call, 0, 1)
     require_sept_state(call, place)
-    entry = lock_free_range(call, hpa, OPERAND_ID_R8, place.sept_level)
-    yield ("TDH.MEM.PAGE.AUG", tdr, gpa, place.sept_level, hpa)
+    word, sept_level, _ = place
+    entry = lock_free_range(call, hpa, OPERAND_ID_R8, sept_level)
+    yield ("TDH.MEM.PAGE.AUG", tdr, gpa, sept_level, hpa)
     # -- effects: nothing below may fail
-    module.memory.words.cells[place.word] = sept.PENDING_LEAF | hpa
+    module.memory.words.cells[word] = sept.PENDING_LEAF | hpa
     module.pamt.give(entry, PT_REG, tdr)
-    module.add_children(td, PAGES_OF_SIZE[place.sept_level])
+    module.add_children(td, PAGES_OF_SIZE[sept_level])
 
 
 def tdh_mem_page_remove(call: Call) -> Operation:
@@ -116,14 +117,15 @@ def tdh_mem_page_remove(call: Call) -> Operation:
     module, tdr = call.module, call.registers.rdx
     td, gpa, place = begin_mem(call, 0, 2)
     require_sept_state(call, place)
+    word, sept_level, _ = place
     hpa = sept.leaf_hpa(place)
-    entry = module.pamt.entry(hpa, place.sept_level)
+    entry = module.pamt.entry(hpa, sept_level)
     lock_mapped_page(call, entry)
     require_tracked(call, td, place, entry)
-    yield ("TDH.MEM.PAGE.REMOVE", tdr, gpa, place.sept_level, hpa)
+    yield ("TDH.MEM.PAGE.REMOVE", tdr, gpa, sept_level, hpa)
     # -- effects: nothing below may fail
-    module.memory.words.cells[place.word] = sept.FREE_ENTRY
-    module.add_children(td, -PAGES_OF_SIZE[place.sept_level])
+    module.memory.words.cells[word] = sept.FREE_ENTRY
+    module.add_children(td, -PAGES_OF_SIZE[sept_level])
     module.pamt.set_type(entry, PT_NDA)
     call.registers.rcx = hpa
 

@@ -39,22 +39,24 @@ def tdh_mem_range_block(call: Call) -> Operation:
     Source: TDX module 1.5.01, tdh_mem_range_block.c.
     """
     module, tdr = call.module, call.registers.rdx
-    td, gpa, place = begin_mem(call, 0, None, exclusive=True)
-    if place.septe & SEPT_STATE_MASK in SEPT_BLOCKED:
+    td, gpa, place = begin_mem(call, 0, None, True)
+    word, sept_level, septe = place
+    if septe & SEPT_STATE_MASK in SEPT_BLOCKED:
         refuse_entry(TDX_GPA_RANGE_ALREADY_BLOCKED + OPERAND_ID_RCX, place)
     bits = require_sept_state(call, place)
-    yield ("TDH.MEM.RANGE.BLOCK", tdr, gpa, place.sept_level)
+    yield ("TDH.MEM.RANGE.BLOCK", tdr, gpa, sept_level)
     # -- effects: nothing below may fail
     words = module.memory.words
-    words.cells[place.word] = sept.remake(place, SEPT_RESULT[call.leaf][bits])
+    words.cells[word] = sept.remake(place, SEPT_RESULT[call.leaf][bits])
     module.pamt.set_bepoch(_mapped_entry(call, place), words.view[td.tdcs + Tdcs.TD_EPOCH])
 
 
 def _mapped_entry(call: Call, place: sept.Place) -> int:
     """PAMT entry of what an S-EPT entry maps: the page at its size, or the 4 KiB S-EPT page."""
-    if place.septe & sept.LEAF:
-        return call.module.pamt.entry(sept.leaf_hpa(place), place.sept_level)
-    return call.module.pamt.entry(place.septe & HPA_MASK, 0)
+    _, sept_level, septe = place
+    if septe & sept.LEAF:
+        return call.module.pamt.entry(sept.leaf_hpa(place), sept_level)
+    return call.module.pamt.entry(septe & HPA_MASK, 0)
 
 
 def tdh_mem_range_unblock(call: Call) -> Operation:
@@ -88,9 +90,10 @@ def tdh_mem_track(call: Call) -> Operation:
     words, tdr = call.module.memory.words, call.registers.rcx
     td = lock_tdr(call, tdr, OPERAND_ID_RCX)
     open_tdcs(call, td)
-    if not try_exclusive(words, td.tdcs + Tdcs.EPOCH_LOCK):
+    index = td.tdcs + Tdcs.EPOCH_LOCK
+    if not try_exclusive(words, index):
         raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_TD_EPOCH)
-    call.locks.append((release_exclusive, words, td.tdcs + Tdcs.EPOCH_LOCK))
+    call.locks.append((release_exclusive, words, index))
     if epochs.is_previous_busy(words, td.tdcs):
         raise Refused(TDX_PREVIOUS_TLB_EPOCH_BUSY)
     yield ("TDH.MEM.TRACK", tdr)
