@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from tdxlab.accounts import DIRECT, EXTERNAL, MIRROR, TREES
@@ -279,6 +280,7 @@ def test_bars_show_tables_and_entries_of_the_three_trees(lived: LifePanel) -> No
     left, right = plots.side_by_side(Figure(), 2)
     for ax, column in ((tables_bars(rows, left), 2), (entries_bars(rows, right), 3)):
         for tree, container in zip(TREES, ax.containers, strict=True):
+            assert isinstance(container, BarContainer)
             widths = [patch.get_width() for patch in container.patches]
             assert widths == [row[column] for row in rows if row.tree == tree]
             assert (container.patches[0].get_hatch() or "") == TREE_LOOKS[tree].hatch

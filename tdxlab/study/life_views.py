@@ -31,7 +31,7 @@ TREE_LOOKS: dict[str, Look] = {
     DIRECT: Look(DIRECT, ORANGE, BLACK, "D", "//"),
 }
 
-_WIDTH, _ROW, _GAP, _TOP, _LEAST = 286, 18, 8, 20, 200
+_WIDTH, _ROW, _GAP, _TOP, _LEAST = 272, 18, 8, 20, 140
 
 
 class Box(NamedTuple):

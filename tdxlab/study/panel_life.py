@@ -198,13 +198,14 @@ def register_table(action: Action | None) -> str:
     """The inputs of a call as an HTML table: register, value, what it means."""
     rows = operand_rows(action) if action is not None else []
     if not rows:
-        return '<p style="line-height:1.4">no registers: this is no call of the module</p>'
+        nothing = "no registers: this is no call of the module"
+        return f'<div style="line-height:1.4;width:{svg.TREE_WIDTH}px">{nothing}</div>'
     cells = "".join(
         f'<tr><td>{name}</td><td><code>{value:#x}</code></td><td style="text-align:left">'
         f"{escape(meaning)}</td></tr>"
         for name, value, meaning in rows
     )
-    style = f"font-size:12px;line-height:1.3;max-width:{svg.TREE_WIDTH}px"
+    style = f"font-size:12px;line-height:1.3;width:{svg.TREE_WIDTH}px"
     return f'<table style="{style}">{cells}</table>'
 
 
