@@ -1,8 +1,8 @@
 """tdxlab: how confidential VMs (Intel TDX, Linux KVM) manage memory, as a model to play with.
 
-    import tdxlab
-    machine = tdxlab.Machine(gpaw=48, memory="4 GiB")
-    td = machine.create_td(vcpus=2, memory="64 MiB")
+import tdxlab
+machine = tdxlab.Machine(gpaw=48, memory="4 GiB")
+td = machine.create_td(vcpus=2, memory="64 MiB")
 """
 
 from typing import TYPE_CHECKING

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Callable, Hashable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, overload
 
 #: What the log notes of a key that was not there.
 ABSENT = object()
@@ -298,8 +298,8 @@ class Fields:
 
     put: Callable[[str, Any], None]
 
-    def __init__(self, journal: Journal, owner: object) -> None:
-        defaults = fields_of(type(owner))
+    def __init__(self, journal: Journal, owner: Journalled) -> None:
+        defaults = owner.defaults
         # A dict of its own: Python reads an attribute out of one faster than out of a shared one.
         owner.__dict__ = self._values = {**defaults, **vars(owner)}
         self.names = defaults.keys()
@@ -325,19 +325,13 @@ class Fields:
             yield f"{name!r}={_text(value)}".encode()
 
 
-class HasFields(Protocol):
-    """An object whose `Field` attributes live under a journal."""
-
-    fields: Fields
-
-
 T = TypeVar("T")
 
 
 class Field(Generic[T]):
-    """An attribute that a journal can take back. Its owner keeps `Fields` by that name.
+    """An attribute that a journal can take back, of a class that is `Journalled`.
 
-        class Counter:
+        class Counter(Journalled):
             count = Field(0)
 
             def __init__(self, journal: Journal) -> None:
@@ -351,48 +345,48 @@ class Field(Generic[T]):
     def __init__(self, default: T) -> None:
         self.default = default
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        # The class keeps the default elsewhere: while it had an attribute of this name, Python
-        # would look at that at each read of an object's.
-        delattr(owner, name)
-        if "_fields_here" not in vars(owner):
-            owner._fields_here = {}  # type: ignore[attr-defined]
-        owner._fields_here[name] = self.default  # type: ignore[attr-defined]
-        owner.__setattr__ = _assign  # type: ignore[assignment]
-
     if TYPE_CHECKING:
 
         @overload
         def __get__(self, owner: None, kind: type) -> Self: ...
         @overload
-        def __get__(self, owner: HasFields, kind: type) -> T: ...
-        def __get__(self, owner: HasFields | None, kind: type) -> Self | T: ...
+        def __get__(self, owner: Journalled, kind: type) -> T: ...
+        def __get__(self, owner: Journalled | None, kind: type) -> Self | T: ...
 
-        def __set__(self, owner: HasFields, value: T) -> None: ...
-
-
-def fields_of(kind: type) -> dict[str, Any]:
-    """Name -> default of every field that objects of class `kind` have."""
-    found: dict[str, Any] = {}
-    for base in reversed(kind.__mro__):
-        found |= vars(base).get("_fields_here", {})
-    return found
+        def __set__(self, owner: Journalled, value: T) -> None: ...
 
 
-def _assign(owner: Any, name: str, value: Any) -> None:
-    """`__setattr__` of every class with fields. Refuses a field that is set before there are
-    `Fields`: AttributeError.
+class Journalled:
+    """A class some of whose attributes are `Field`s. Objects make their `fields` first.
+
+    defaults: name -> default of every field, inherited ones too. The fields themselves are taken
+    out of the class when it is made: an object's attribute reads faster where its class has none
+    of that name.
     """
-    try:
-        fields = owner.fields
-        if name in fields.names:
-            fields.put(name, value)
+
+    defaults: ClassVar[dict[str, Any]] = {}
+    fields: Fields
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = {name: field.default for name, field in vars(cls).items() if isinstance(field, Field)}
+        for name in own:
+            delattr(cls, name)
+        cls.defaults = {**cls.defaults, **own}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a field through its journal. Refuses a field that is set before there
+        are `Fields`: AttributeError.
+        """
+        if name not in self.defaults:
+            object.__setattr__(self, name, value)
             return
-    except AttributeError:
-        pass
-    if "fields" not in vars(owner) and name in fields_of(type(owner)):
-        raise AttributeError(f"{name} is a Field; set self.fields = Fields(journal, self) first")
-    object.__setattr__(owner, name, value)
+        try:
+            fields = self.fields
+        except AttributeError:
+            first = "self.fields = Fields(journal, self)"
+            raise AttributeError(f"{name} is a Field; set {first} first") from None
+        fields.put(name, value)
 
 
 def _now(target: Any, key: Any) -> Any:

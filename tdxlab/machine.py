@@ -21,7 +21,7 @@ from tdxlab.abi.leaves import HOST_LEAVES
 from tdxlab.arch import GPAW_CHOICES, PAGE_SIZE, SIZE_1G, shared_bit
 from tdxlab.bare import BareMachine
 from tdxlab.hardware import default_platform
-from tdxlab.journal import Field, Fields
+from tdxlab.journal import Field, Fields, Journalled
 from tdxlab.kvm.params import KVM_X86_DEFAULT_VM, MmuParams, VmConfig
 from tdxlab.kvm.tdx_module import tdx_bringup
 from tdxlab.sizes import format_size, parse_size
@@ -35,7 +35,7 @@ from tdxlab.vmm_td import Td
 FIRMWARE_END = 4 * SIZE_1G
 
 
-class Machine(BareMachine):
+class Machine(BareMachine, Journalled):
     """A machine that Linux has booted on, with KVM and the TDX module ready for TDs.
 
     gpaw: guest address width of the TDs it creates, 48 or 52. memory: for guests and for what KVM

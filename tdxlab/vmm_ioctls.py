@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tdxlab import steps
 from tdxlab.arch import PAGE_SIZE
 from tdxlab.guest import Guest
-from tdxlab.journal import Field, Fields, Journal
+from tdxlab.journal import Field, Fields, Journal, Journalled
 from tdxlab.kvm.attributes import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from tdxlab.kvm.gmem import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, GuestMemfds
 from tdxlab.kvm.memory_region import kvm_vm_ioctl_set_memory_region
@@ -89,7 +89,7 @@ class Backing(NamedTuple):
         return self.gpa + self.size
 
 
-class Ioctls:
+class Ioctls(Journalled):
     """The ioctls of one VM, and the memory that its VMM gives it with them.
 
     vm: KVM's side. guest: the software inside. host: the kernel. backings: guest memory, ascending.

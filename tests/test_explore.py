@@ -7,12 +7,12 @@ import pytest
 
 from tdxlab.crew import Actor, Fault
 from tdxlab.explore import explore, replayed
-from tdxlab.journal import Field, Fields, Journal, Words
+from tdxlab.journal import Field, Fields, Journal, Journalled, Words
 from tdxlab.kvm.locks import WRITE, MmuLock, Mutex
 from tdxlab.steps import WAIT, Operation
 
 
-class Bench:
+class Bench(Journalled):
     """A journal, a row of words, a counter that does not count, and locks."""
 
     total = Field(0)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tdxlab.journal import Field, Fields, Journal, Mark, Table, Words, fields_of
+from tdxlab.journal import Field, Fields, Journal, Journalled, Mark, Table, Words
 from tdxlab.snapshots import Snapshots
 
 
@@ -201,7 +201,7 @@ def test_restoring_a_later_snapshot_brings_its_stores_back(stores: Stores) -> No
     assert late == {"key": 1}
 
 
-class Counter:
+class Counter(Journalled):
     """Two attributes that a journal can take back."""
 
     count = Field(3)
@@ -221,7 +221,7 @@ def test_field_reads_as_its_default_until_it_is_set() -> None:
 
 
 def test_field_without_fields_is_refused() -> None:
-    class Hasty:
+    class Hasty(Journalled):
         count = Field(0)
 
         def __init__(self) -> None:
@@ -241,7 +241,7 @@ def test_attribute_that_is_no_field_is_not_recorded() -> None:
     assert counter.note == "free"  # type: ignore[attr-defined]
 
 
-def test_fields_of_two_owners_are_apart() -> None:
+def test_defaults_of_two_owners_are_apart() -> None:
     journal = Journal()
     first, second = Counter(journal), Counter(journal)
     first.count, first.names = 7, ("a",)
@@ -270,11 +270,11 @@ def test_field_that_is_set_to_its_default_is_no_change_of_state() -> None:
     assert journal.digest() != digest
 
 
-def test_fields_of_a_class_are_its_own_and_those_it_inherits() -> None:
+def test_defaults_of_a_class_are_its_own_and_those_it_inherits() -> None:
     class Louder(Counter):
         count = Field(5)
         volume = Field(9)
 
-    assert fields_of(Louder) == {"count": 5, "names": (), "volume": 9}
-    assert fields_of(Counter) == {"count": 3, "names": ()}
+    assert Louder.defaults == {"count": 5, "names": (), "volume": 9}
+    assert Counter.defaults == {"count": 3, "names": ()}
     assert Louder(Journal()).count == 5

@@ -2,13 +2,13 @@
 
 import pytest
 
-from tdxlab.journal import Field, Fields, Journal, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Journalled, Table, Words
 from tdxlab.kvm.locks import READ, MmuLock
 from tdxlab.states import Differences, States
 from tdxlab.steps import run
 
 
-class Bench:
+class Bench(Journalled):
     count = Field(0)
 
     def __init__(self) -> None:

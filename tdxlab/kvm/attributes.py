@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
-from tdxlab.journal import Field, Fields, Journal, Table
+from tdxlab.journal import Field, Fields, Journal, Journalled, Table
 
 #: The attribute, and its value in the ioctl. Source: include/uapi/linux/kvm.h.
 KVM_MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
@@ -23,7 +23,7 @@ _SHIFT = 9
 _GFNS = 1 << _SHIFT
 
 
-class MemAttributes:
+class MemAttributes(Journalled):
     """Private or shared, for every gfn of one VM."""
 
     _toggles: Field[tuple[int, ...]] = Field(())

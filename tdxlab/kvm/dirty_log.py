@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tdxlab.bits import MASK64
-from tdxlab.journal import Field, Fields, Journal, Table
+from tdxlab.journal import Field, Fields, Journal, Journalled, Table
 
 if TYPE_CHECKING:
     from tdxlab.kvm.slots import Slot
@@ -27,7 +27,7 @@ KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1
 KVM_DIRTY_LOG_INITIALLY_SET = 2
 
 
-class DirtyLog:
+class DirtyLog(Journalled):
     """The dirty bitmaps of one VM. A word that nobody wrote yet takes no room.
 
     nr_memslots_dirty_logging: slots that have a bitmap now.

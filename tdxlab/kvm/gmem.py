@@ -17,7 +17,7 @@ from errno import EBADF, EEXIST, EFAULT, EINTR, EINVAL, EIO, ENOMEM, EOPNOTSUPP
 from typing import NamedTuple
 
 from tdxlab.arch import PAGE_OFFSET_MASK, PAGE_SHIFT
-from tdxlab.journal import Field, Fields, Table
+from tdxlab.journal import Field, Fields, Journalled, Table
 from tdxlab.kvm.invalidation import kvm_mmu_invalidate_begin, kvm_mmu_invalidate_end
 from tdxlab.kvm.locks import WRITE
 from tdxlab.kvm.notifier import handle_ranges, kvm_mmu_unmap_gfn_range
@@ -55,7 +55,7 @@ class Folio(NamedTuple):
     poisoned: bool = False
 
 
-class GuestMemfds:
+class GuestMemfds(Journalled):
     """The guest_memfd files of one VM. A file's number is given when it is created.
 
     page_refs: pfn -> references that back ends hold beyond the file's own. orphans: pfn -> "its

@@ -17,7 +17,7 @@ from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.cpu import Cpu
 from tdxlab.hardware import Platform, Region
-from tdxlab.journal import Field, Fields, Journal, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Journalled, Table, Words
 from tdxlab.kvm.locks import Mutex
 from tdxlab.kvm.pages import HostPages
 from tdxlab.kvm.params import MmuParams
@@ -86,7 +86,7 @@ class _Running:
         self.lp = 0
 
 
-class KvmHost:
+class KvmHost(Journalled):
     """The kernel of one machine, as far as all its VMs share it.
 
     hardware: the machine. params: CPU facts and module parameters of KVM. pages: host memory that

@@ -18,7 +18,7 @@ from typing import Self
 
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
-from tdxlab.journal import Field, Fields
+from tdxlab.journal import Field, Fields, Journalled
 from tdxlab.kvm.host import Hardware, KvmHost
 from tdxlab.steps import Operation
 
@@ -26,7 +26,7 @@ from tdxlab.steps import Operation
 LEAF_MASK = 0xFFFF
 
 
-class Between:
+class Between(Journalled):
     """Hardware that passes everything on to the one behind it. Subclasses change something.
 
     host: whose calls go through it. behind: what it stands in front of.

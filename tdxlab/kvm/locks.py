@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from tdxlab.journal import Field, Fields, Journal, Words
+from tdxlab.journal import Field, Fields, Journal, Journalled, Words
 from tdxlab.steps import WAIT, Step
 
 READ = "read"
@@ -23,7 +23,7 @@ LOCKING: dict[str, Step] = {mode: (f"{mode}_lock(mmu_lock)",) for mode in (READ,
 Locking = Generator[Step, None, None]
 
 
-class MmuLock:
+class MmuLock(Journalled):
     """One VM's mmu_lock.
 
     readers: how many hold it shared. written: somebody holds it exclusively. waiting: threads that
@@ -117,7 +117,7 @@ class NoLock(MmuLock):
         return True
 
 
-class Mutex:
+class Mutex(Journalled):
     """A lock for one. name: as Linux calls it. waits: False makes it keep nobody out."""
 
     held = Field(False)
@@ -139,7 +139,7 @@ class Mutex:
         self.held = False
 
 
-class Srcu:
+class Srcu(Journalled):
     """Sleepable RCU: a writer waits until every reader that may still use the old memslots is done.
 
     A vCPU is a reader while it handles an exit, and no reader while it is in the guest.

@@ -13,7 +13,7 @@ from typing import Protocol
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
 from tdxlab.bits import MASK64
 from tdxlab.hardware import Region
-from tdxlab.journal import Field, Fields, Journal, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Journalled, Table, Words
 
 #: What `alloc_page` returns when there is no page, which is -ENOMEM for its caller.
 NO_PAGE = -1
@@ -38,7 +38,7 @@ class PageSource(Protocol):
         ...
 
 
-class HostPages:
+class HostPages(Journalled):
     """The free pages of some regions of RAM. Never touched ones are handed out in ascending order,
     the one that was returned last first.
 

@@ -14,7 +14,7 @@ from collections.abc import Generator
 from errno import EBADF, EFAULT
 from typing import NamedTuple, Protocol
 
-from tdxlab.journal import Field, Fields, Journal, Table
+from tdxlab.journal import Field, Fields, Journal, Journalled, Table
 from tdxlab.steps import Step
 
 # -- flags of KVM_SET_USER_MEMORY_REGION2, and the internal one
@@ -182,7 +182,7 @@ class SlotSet(NamedTuple):
     generation: int
 
 
-class MemSlots:
+class MemSlots(Journalled):
     """The memslots of one VM. spaces: address spaces, 1 or 2.
 
     mixed: (base_gfn of the slot, level, gfn) -> True for each range that could be one large page

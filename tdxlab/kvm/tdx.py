@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tdxlab.journal import Field, Fields
+from tdxlab.journal import Field, Fields, Journalled
 from tdxlab.kvm import tdx_hooks
 from tdxlab.kvm.exits import KvmExit
 from tdxlab.kvm.external import Hook
@@ -35,7 +35,7 @@ VCPU_TD_STATE_UNINITIALIZED = "UNINITIALIZED"
 VCPU_TD_STATE_INITIALIZED = "INITIALIZED"
 
 
-class Tdx:
+class Tdx(Journalled):
     """struct kvm_tdx of the VM `vm`. host: the machine's.
 
     state: TD_STATE_*. hkid: its KeyID; 0 before it has one, -1 afterwards. td: its control pages.

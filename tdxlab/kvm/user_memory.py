@@ -13,7 +13,7 @@ from collections.abc import Generator
 from typing import NamedTuple
 
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
-from tdxlab.journal import Field, Fields, Table
+from tdxlab.journal import Field, Fields, Journalled, Table
 from tdxlab.kvm.notifier import (
     kvm_mmu_notifier_invalidate_range_end,
     kvm_mmu_notifier_invalidate_range_start,
@@ -44,7 +44,7 @@ class Area(NamedTuple):
         return pages_per_level(self.level) << PAGE_SHIFT
 
 
-class ProcessMemory:
+class ProcessMemory(Journalled):
     """The address space of the process that owns `vm`, its pages coming from `pages`."""
 
     areas: Field[tuple[Area, ...]] = Field(())

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tdxlab.arch import ENTRIES_PER_TABLE, PAGE_SHIFT
-from tdxlab.journal import Field, Fields, Journal, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Journalled, Table, Words
 from tdxlab.kvm.attributes import MemAttributes
 from tdxlab.kvm.dirty_log import DirtyLog
 from tdxlab.kvm.external import ExternalOps
@@ -103,7 +103,7 @@ class MemoryFault(NamedTuple):
     flags: int
 
 
-class Vcpu:
+class Vcpu(Journalled):
     """struct kvm_vcpu, its MMU part.
 
     root_hpa, mirror_root_hpa: HPA of the direct and of the mirror root, INVALID_PAGE without one.
@@ -158,7 +158,7 @@ class Vcpu:
         return True
 
 
-class Vm:
+class Vm(Journalled):
     """struct kvm with its arch part.
 
     journal, memory: of the machine. params: of the host. config: what user space chose.

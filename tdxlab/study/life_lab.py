@@ -20,7 +20,7 @@ from tdxlab import views
 from tdxlab.accounts import DIRECT, EXTERNAL, MIRROR, TREES
 from tdxlab.arch import ENTRIES_PER_TABLE, HPA_MASK, PAGE_SHIFT, PAGE_SIZE, SIZE_2M, sept_levels
 from tdxlab.guest import MapGpa, Write
-from tdxlab.journal import Field, Fields
+from tdxlab.journal import Field, Fields, Journalled
 from tdxlab.kvm.spte import FROZEN_SPTE, SPTE_MMU_PRESENT_MASK, is_last_spte
 from tdxlab.kvm.tdx_build import MemRegion, tdx_td_finalize, tdx_vcpu_init_mem_region
 from tdxlab.kvm.tdx_init import InitVm, tdx_td_init
@@ -70,7 +70,7 @@ class TreeTable(NamedTuple):
     entries: tuple[Entry, ...]
 
 
-class LifeLab:
+class LifeLab(Journalled):
     """A machine that a TD of one vCPU comes to life on.
 
     gpaw: 48 or 52. td: the TD, None before it is built and after it is torn down.

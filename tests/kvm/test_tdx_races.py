@@ -80,7 +80,7 @@ def test_faults_and_conversions_in_any_order_keep_the_vm_alive(seed: int) -> Non
     td = TdScene(boot(lps=4, packages=2), vcpus=3)
     td.finalize()
     td.fault_in(GFNS)
-    lists = {number: GFNS * ROUNDS for number in range(3)}
+    lists = dict.fromkeys(range(3), GFNS * ROUNDS)
     guests(td, lists)
     threads: list[Any] = [td.host.on_cpu(n, vcpu_thread(td, n)) for n in range(3)]
     schedule = seeded([*threads, td.host.on_cpu(3, converter(td, ROUNDS))], seed)
