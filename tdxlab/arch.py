@@ -10,6 +10,8 @@ helpers.c.
 
 from __future__ import annotations
 
+from tdxlab.bits import Bits, Word
+
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 WORDS_PER_PAGE = PAGE_SIZE // 8
@@ -27,6 +29,19 @@ MAX_PA_BITS = 52
 PA_LIMIT = 1 << MAX_PA_BITS
 HPA_MASK = PA_LIMIT - PAGE_SIZE
 PAGE_OFFSET_MASK = PAGE_SIZE - 1
+
+
+class EptEntry(Word):
+    """The fields that the CPU's walker knows in a leaf entry of any EPT."""
+
+    read = Bits(0)
+    write = Bits(1)
+    execute = Bits(2)
+    memory_type = Bits(5, 3)
+    ignore_pat = Bits(6)
+    hpa = Bits(51, 12, in_place=True)
+    suppress_ve = Bits(63)
+
 
 EPT_READ = 1 << 0
 EPT_WRITE = 1 << 1

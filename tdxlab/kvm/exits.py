@@ -5,7 +5,10 @@ Source: Linux 6.16, include/uapi/linux/kvm.h (struct kvm_run).
 
 from __future__ import annotations
 
+from errno import EFAULT, EINTR
 from typing import NamedTuple
+
+from tdxlab.kvm.vm import MemoryFault
 
 #: Hypercall by which a guest asks for memory of the other kind. Source: uapi/linux/kvm_para.h.
 KVM_HC_MAP_GPA_RANGE = 12
@@ -107,3 +110,12 @@ KvmExit = (
     | InternalError
     | Interrupted
 )
+
+
+def make_exit(ret: int, run: KvmExit | None, memory_fault: MemoryFault | None) -> KvmExit:
+    """What user space sees of a KVM_RUN that ended with `ret`: 0 for `run`, or -errno."""
+    if ret == 0 and run is not None:
+        return run
+    if ret == -EFAULT and memory_fault is not None:
+        return MemoryFaultExit(*memory_fault)
+    return Interrupted() if ret == -EINTR else Failed(ret)

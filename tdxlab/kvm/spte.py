@@ -33,6 +33,7 @@ from tdxlab.arch import (
     LEVEL_BITS,
     PAGE_OFFSET_MASK,
     PAGE_SHIFT,
+    EptEntry,
 )
 from tdxlab.bits import MASK64, Bits, Word
 from tdxlab.kvm.params import MmuParams
@@ -42,25 +43,18 @@ if TYPE_CHECKING:
     from tdxlab.kvm.vm import Vm
 
 
-class Spte(Word):
+class Spte(EptEntry):
     """A present SPTE's fields."""
 
-    read = Bits(0)
-    write = Bits(1)
-    execute = Bits(2)
-    memory_type = Bits(5, 3)
-    ignore_pat = Bits(6)
     page_size = Bits(7)
     accessed = Bits(8)
     dirty = Bits(9)
     mmu_present = Bits(11)
-    hpa = Bits(51, 12, in_place=True)
     ad_type = Bits(53, 52)
     saved_read = Bits(54)
     saved_execute = Bits(56)
     host_writable = Bits(57)
     mmu_writable = Bits(58)
-    suppress_ve = Bits(63)
 
 
 class MmioSpte(Word):

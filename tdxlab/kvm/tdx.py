@@ -143,8 +143,7 @@ class TdxVcpu(Vcpu):
     the registers that VP.ENTER returned and will take next, (name, value) pairs without zeros.
     map_gpa_next, map_gpa_end: where a MapGPA request stands, byte addresses. halted: it waits for
     an event. pending_events: "interrupt", "NMI". run: how KVM_RUN came back. completion: what the
-    next KVM_RUN has to finish first. hypercall_ret, mmio_data: answers of user space. srcu_index:
-    of its read lock, -1 while it holds none.
+    next KVM_RUN has to finish first. hypercall_ret, mmio_data: answers of user space.
     """
 
     vp: Field[TdxVp] = Field(TdxVp())
@@ -160,7 +159,6 @@ class TdxVcpu(Vcpu):
     completion = Field("")
     hypercall_ret = Field(0)
     mmio_data = Field(0)
-    srcu_index = Field(-1)
     pending_events: Field[frozenset[str]] = Field(frozenset())
 
     def __init__(self, tdx: Tdx, vcpu_id: int) -> None:

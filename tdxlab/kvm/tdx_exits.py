@@ -86,11 +86,11 @@ _EPT_VIOLATION_EXEC_FOR_RING3 = 1 << 6
 #: Statuses whose lower half is an exit reason.
 _EXITS = frozenset(
     (
-        TDX_SUCCESS,
-        TDX_NON_RECOVERABLE_VCPU,
         TDX_NON_RECOVERABLE_TD,
-        TDX_NON_RECOVERABLE_TD_NON_ACCESSIBLE,
+        TDX_NON_RECOVERABLE_VCPU,
         TDX_NON_RECOVERABLE_TD_WRONG_APIC_MODE,
+        TDX_NON_RECOVERABLE_TD_NON_ACCESSIBLE,
+        TDX_SUCCESS,
     )
 )
 

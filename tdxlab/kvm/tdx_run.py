@@ -7,11 +7,12 @@ arch/x86/kvm/vmx/tdx.c (tdx_vcpu_pre_run, tdx_vcpu_run, tdx_vcpu_enter_exit).
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from errno import EFAULT, EINTR, EINVAL, EIO
+from errno import EINTR, EINVAL, EIO
 
 from tdxlab.abi.outcome import IN_GUEST
 from tdxlab.abi.registers import Registers
-from tdxlab.kvm.exits import Failed, Interrupted, KvmExit, MemoryFaultExit
+from tdxlab.kvm.entry import announce_entry, stop_reading_memslots
+from tdxlab.kvm.exits import Failed, KvmExit, make_exit
 from tdxlab.kvm.host import Doing
 from tdxlab.kvm.mapgpa import tdx_complete_vmcall_map_gpa
 from tdxlab.kvm.roots import kvm_mmu_reload
@@ -25,7 +26,7 @@ from tdxlab.kvm.tdx_exits import (
     tdx_handle_exit,
     tdx_to_vmx_exit_reason,
 )
-from tdxlab.kvm.vm import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
+from tdxlab.kvm.vm import OUTSIDE_GUEST_MODE
 from tdxlab.steps import WAIT, Step
 
 # -- what a fast path says. Source: asm/kvm_host.h
@@ -55,10 +56,8 @@ def kvm_vcpu_ioctl_run(vcpu: TdxVcpu) -> Generator[Step, None, KvmExit]:
     try:
         ret = yield from _run(vcpu)
     finally:
-        if vcpu.srcu_index >= 0:
-            vm.srcu.read_unlock(vcpu.srcu_index)
-            vcpu.srcu_index = -1
-    return _make_exit(vcpu, ret)
+        stop_reading_memslots(vcpu)
+    return make_exit(ret, vcpu.run, vcpu.memory_fault)
 
 
 def _run(vcpu: TdxVcpu) -> Status:
@@ -68,14 +67,6 @@ def _run(vcpu: TdxVcpu) -> Status:
     if not (vcpu.is_initialised and vcpu.tdx.is_runnable):
         return -EINVAL
     return (yield from vcpu_run(vcpu))
-
-
-def _make_exit(vcpu: TdxVcpu, ret: int) -> KvmExit:
-    if ret == 0 and vcpu.run is not None:
-        return vcpu.run
-    if ret == -EFAULT and vcpu.memory_fault is not None:
-        return MemoryFaultExit(*vcpu.memory_fault)
-    return Interrupted() if ret == -EINTR else Failed(ret)
 
 
 def vcpu_run(vcpu: TdxVcpu) -> Status:
@@ -119,12 +110,7 @@ def vcpu_enter_guest(vcpu: TdxVcpu) -> Status:
         return ret
     if vcpu.pending_events:
         yield from _inject_events(vcpu)
-    yield ("smp_store_release(mode)", vcpu.vcpu_id)
-    vcpu.mode = IN_GUEST_MODE
-    vm.srcu.read_unlock(vcpu.srcu_index)
-    vcpu.srcu_index = -1
-    yield ("kvm_vcpu_exit_request", vcpu.vcpu_id)
-    goes_in = not (vcpu.requests or vcpu.signal_pending)
+    goes_in = yield from announce_entry(vcpu)
     fastpath = EXIT_FASTPATH_EXIT_HANDLED
     if goes_in:
         fastpath = yield from tdx_vcpu_run(vcpu)

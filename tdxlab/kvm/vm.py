@@ -112,6 +112,7 @@ class Vcpu(Journalled):
     external_spt_cache: pages kept ready for a fault (struct kvm_mmu_memory_cache). mmio_gfn,
     mmio_gen: last gfn seen to be MMIO, and the memslots' generation then. cpu: LP on which it was
     loaded last, -1 before. mode: IN_GUEST_MODE from just before it enters until it has left.
+    srcu_index: its place among the readers of the memslots, -1 while it is none.
     """
 
     root_hpa = Field(INVALID_PAGE)
@@ -125,6 +126,7 @@ class Vcpu(Journalled):
     mmio_gen = Field(0)
     cpu = Field(-1)
     mode: Field[str] = Field(OUTSIDE_GUEST_MODE)
+    srcu_index = Field(-1)
 
     def __init__(self, vm: Vm, vcpu_id: int) -> None:
         self.vm = vm

@@ -10,19 +10,19 @@ Differs: no instruction is decoded: an exit says what the access was.
 from __future__ import annotations
 
 from collections.abc import Generator
-from errno import EEXIST, EFAULT, EINTR, EINVAL, EIO
+from errno import EEXIST, EINTR, EINVAL, EIO
 from functools import partial
 
 from tdxlab.arch import EPT_EXECUTE, EPT_READ, EPT_WRITE
 from tdxlab.journal import Field
+from tdxlab.kvm.entry import announce_entry, stop_reading_memslots
 from tdxlab.kvm.exits import (
     Failed,
     InternalError,
-    Interrupted,
     KvmExit,
-    MemoryFaultExit,
     MmioExit,
     ShutdownExit,
+    make_exit,
 )
 from tdxlab.kvm.fault import kvm_mmu_page_fault
 from tdxlab.kvm.host import Doing, KvmHost
@@ -35,7 +35,7 @@ from tdxlab.kvm.page_fault import (
     RET_PF_EMULATE,
 )
 from tdxlab.kvm.roots import kvm_mmu_destroy, kvm_mmu_reload, kvm_mmu_unload
-from tdxlab.kvm.vm import IN_GUEST_MODE, OUTSIDE_GUEST_MODE, Vcpu, Vm
+from tdxlab.kvm.vm import OUTSIDE_GUEST_MODE, Vcpu, Vm
 from tdxlab.kvm.zap import kvm_flush_shadow_all, kvm_mmu_uninit_tdp_mmu
 from tdxlab.steps import Step
 
@@ -66,7 +66,6 @@ class VmxVcpu(Vcpu):
     run: Field[KvmExit | None] = Field(None)
     mmio_data = Field(0)
     emulated: Field[bytes | None] = Field(None)
-    srcu_index = Field(-1)
 
     def __init__(self, host: KvmHost, vm: Vm, vcpu_id: int) -> None:
         super().__init__(vm, vcpu_id)
@@ -142,14 +141,8 @@ def vmx_vcpu_ioctl_run(vcpu: VmxVcpu) -> Generator[Step, None, KvmExit]:
     try:
         ret = yield from vcpu_run(vcpu)
     finally:
-        if vcpu.srcu_index >= 0:
-            vm.srcu.read_unlock(vcpu.srcu_index)
-            vcpu.srcu_index = -1
-    if ret == 0 and vcpu.run is not None:
-        return vcpu.run
-    if ret == -EFAULT and vcpu.memory_fault is not None:
-        return MemoryFaultExit(*vcpu.memory_fault)
-    return Interrupted() if ret == -EINTR else Failed(ret)
+        stop_reading_memslots(vcpu)
+    return make_exit(ret, vcpu.run, vcpu.memory_fault)
 
 
 def _complete_emulated_mmio(vcpu: VmxVcpu) -> None:
@@ -182,12 +175,7 @@ def vcpu_enter_guest(vcpu: VmxVcpu) -> Running:
         return ret
     if vcpu.check_request("TLB_FLUSH"):
         yield from vm.vendor.flush_tlb_current(vcpu)
-    yield ("smp_store_release(mode)", vcpu.vcpu_id)
-    vcpu.mode = IN_GUEST_MODE
-    vm.srcu.read_unlock(vcpu.srcu_index)
-    vcpu.srcu_index = -1
-    yield ("kvm_vcpu_exit_request", vcpu.vcpu_id)
-    goes_in = not (vcpu.requests or vcpu.signal_pending)
+    goes_in = yield from announce_entry(vcpu)
     if goes_in:
         yield from host.run_guest(vcpu, host.current_lp)
     vcpu.mode = OUTSIDE_GUEST_MODE

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tdxlab.arch import EPT_RWX, HPA_MASK, WORDS_PER_PAGE
-from tdxlab.bits import Bits, Word
+from tdxlab.arch import EPT_RWX, HPA_MASK, WORDS_PER_PAGE, EptEntry
+from tdxlab.bits import Bits
 from tdxlab.memory import Memory
 from tdxlab.seam.rules import (
     FREE_BITS,
@@ -29,24 +29,17 @@ from tdxlab.seam.rules import (
 )
 
 
-class Septe(Word):
+class Septe(EptEntry):
     """A Secure EPT entry."""
 
-    read = Bits(0)
-    write = Bits(1)
-    execute = Bits(2)
-    memory_type = Bits(5, 3)
-    ignore_pat = Bits(6)
     leaf = Bits(7)
     exported_dirty = Bits(9)
     lock = Bits(11)
-    hpa = Bits(51, 12, in_place=True)
     host_priority = Bits(52)
     exported = Bits(53)
     write_blocked = Bits(54)
     blocked = Bits(55)
     pending = Bits(56)
-    suppress_ve = Bits(63)
 
     @property
     def state(self) -> str:

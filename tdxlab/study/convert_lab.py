@@ -12,15 +12,13 @@ so that one can look at what lies in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from tdxlab import views
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE, SIZE_2M
 from tdxlab.guest import MapGpa, Program, Read, Write
-from tdxlab.journal import Mark
 from tdxlab.kvm.spte import FROZEN_SPTE, SPTE_MMU_PRESENT_MASK
 from tdxlab.kvm.tdp_iter import for_each_tdp_pte
 from tdxlab.kvm.vm import MmuPage, Vm
@@ -28,6 +26,7 @@ from tdxlab.machine import Machine
 from tdxlab.seam.sept import Septe
 from tdxlab.step_tape import StepTape
 from tdxlab.steps import Operation
+from tdxlab.study.undone import undone
 from tdxlab.vmm_run import RunResult
 
 FIRST_GPA = SIZE_2M
@@ -253,17 +252,6 @@ def _accesses(gpas: Sequence[int], shared_bit: int, *, write: bool) -> list[Any]
 
 def _span(first: int, pages: int) -> str:
     return f"page {first}" if pages == 1 else f"pages {first}..{first + pages - 1}"
-
-
-@contextmanager
-def undone(machine: Machine) -> Iterator[Mark]:
-    """Whatever is done inside has not happened afterwards."""
-    mark = machine.mark()
-    try:
-        yield mark
-    finally:
-        machine.rewind(mark)
-        machine.journal.forget(mark)
 
 
 def content(data: bytes) -> str:

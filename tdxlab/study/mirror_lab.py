@@ -12,7 +12,6 @@ table at every level.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +25,6 @@ from tdxlab.arch import (
     table_index,
 )
 from tdxlab.guest import Write
-from tdxlab.journal import Mark
 from tdxlab.kvm.spte import FROZEN_SPTE, SPTE_MMU_PRESENT_MASK, is_last_spte
 from tdxlab.kvm.vm import MmuPage
 from tdxlab.machine import Machine
@@ -252,14 +250,3 @@ def spte_state(spte: int, level: int) -> str:
     if not spte & SPTE_MMU_PRESENT_MASK:
         return EMPTY
     return MAPPED if is_last_spte(spte, level) else TABLE
-
-
-@contextmanager
-def undone(machine: Machine) -> Iterator[Mark]:
-    """Whatever is done inside has not happened afterwards."""
-    mark = machine.mark()
-    try:
-        yield mark
-    finally:
-        machine.rewind(mark)
-        machine.journal.forget(mark)

@@ -16,7 +16,8 @@ from tdxlab.abi import leaves as abi
 from tdxlab.abi.status import OPERAND_ID_RCX, TDX_OPERAND_BUSY
 from tdxlab.kvm.injection import FailNth
 from tdxlab.steps import Operation
-from tdxlab.study.mirror_lab import MirrorLab, undone
+from tdxlab.study.mirror_lab import MirrorLab
+from tdxlab.study.undone import undone
 
 # -- two vCPUs
 

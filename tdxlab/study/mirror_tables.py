@@ -16,7 +16,8 @@ from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE, SEPT_LEVEL_NAMES, level_size
 from tdxlab.kvm.spte import SPTE_MMU_PRESENT_MASK, is_last_spte
 from tdxlab.kvm.tdp_mmu import kvm_tdp_mmu_get_walk
 from tdxlab.seam.rules import SEPT_STATES
-from tdxlab.study.mirror_lab import MirrorLab, undone
+from tdxlab.study.mirror_lab import MirrorLab
+from tdxlab.study.undone import undone
 
 TREES = ("mirror", "external")
 

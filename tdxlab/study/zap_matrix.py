@@ -30,9 +30,10 @@ from tdxlab.kvm.vm import MmuPage, Vm
 from tdxlab.kvm.zap import kvm_mmu_zap_all_fast, kvm_zap_gfn_range
 from tdxlab.machine import Machine
 from tdxlab.steps import Operation, run
-from tdxlab.study.convert_lab import PRIVATE_DATA, undone
+from tdxlab.study.convert_lab import PRIVATE_DATA
 from tdxlab.study.palette import BLACK, GREEN, ORANGE, VERMILLION, Look
 from tdxlab.study.plots import Series, stacked_bars
+from tdxlab.study.undone import undone
 from tdxlab.vmm_plain import PlainVm
 from tdxlab.vmm_td import Td
 
