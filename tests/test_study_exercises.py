@@ -19,6 +19,8 @@ def wrong_answers(right: Any) -> list[Any]:
         return [right + 1, right - 1, 0]
     if isinstance(right, str):
         return [right + "X", "TDH.MEM.PAGE.AUG"]
+    if isinstance(right, frozenset):
+        return [right | {"mirror"}, frozenset()]
     return [tuple(reversed(right))[1:], right[:-1]]
 
 

@@ -50,7 +50,7 @@ def test_split_chooses_the_root_that_kvm_chooses(gpaw: int) -> None:
     vcpu = kvm.load()
     for at in some_gpas(gpaw):
         code = 0 if at.is_shared else PFERR_PRIVATE_ACCESS
-        root = tdp_mmu_get_root_for_fault(vcpu, PageFault.from_error_code(at.addr, code))
+        root = tdp_mmu_get_root_for_fault(vcpu, PageFault(at.addr, code))
         assert (root.is_mirror, root.role) == (at.root == "mirror", at.role)
 
 
