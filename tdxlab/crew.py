@@ -144,6 +144,7 @@ class Crew:
             after, lasting = self._states.update(at.differences, mark)
             standing, fault = self._end(number, standing, end.value, after)
         except Exception as error:
+            # Whatever an operation raises is a finding, shown with the schedule that led to it.
             label = f"{label} raises {type(error).__name__}"
             fault = Fault(type(error).__name__, f"{self._actors[number].name}: {error}")
             after, lasting = self._states.update(at.differences, mark)

@@ -124,6 +124,7 @@ class Player:
             self._motion = self.cpu.report_panic()
             return next(self._motion)
         except Exception as mistake:
+            # A mistake in the program: kept until the vCPU is out, then raised by `run_steps`.
             self.ended, self.mistake = True, mistake
             return None
 

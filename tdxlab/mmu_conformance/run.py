@@ -133,6 +133,7 @@ class MmuTraceRun:
         except TraceError:
             raise
         except Exception as error:
+            # No answer where the real code had one: a mismatch, and the replay goes on.
             ret = f"no answer ({type(error).__name__}: {error})"
         if operation in _FAULTS:
             out |= _memory_fault(vcpu)
