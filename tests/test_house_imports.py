@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-BLOCKED = ("IPython", "ipywidgets", "matplotlib", "numpy")
+BLOCKED = ("IPython", "cryptography", "ipywidgets", "matplotlib", "numpy")
 
 IMPORT_ALL = f"""
 import importlib, pkgutil, sys
