@@ -13,6 +13,7 @@ Source: none; Linux has fault injection for its own functions (lib/fault-inject.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -75,43 +76,63 @@ class Between(Journalled):
         return self.behind.kick(lp)
 
 
-class FailNth(Between):
-    """Hardware whose module refuses some calls of one leaf.
+class Nth(Journalled):
+    """Counts calls of one kind, and says which of them shall fail.
 
-    leaf: number. n: the first call of the leaf that fails, from 1, counted since this was made.
-    status: u64 in RAX; 0 makes KVM believe that a call was done that was not. count: how many calls
-    in a row fail; None for all from the n-th on.
-    calls: of the leaf so far, the failed ones among them.
-    Refuses n or count below 1, and a status that is no u64: ValueError. The counter is journalled:
-    a rewind takes it back.
-    Differs: a refused call leaves all registers as they are, where the module writes some.
+    n: the first call that fails, from 1, counted since this was made. count: how many calls in a
+    row fail; None for all from the n-th on. calls: so far, the failed ones among them.
+    is_armed: asked at each call; where it says no, the call is neither counted nor failed.
+    The counter is journalled: a rewind takes it back.
     """
 
     calls = Field(0)
+    n = 1
+    count: int | None = 1
+    is_armed: Callable[[], bool] | None = None
 
-    def __init__(
-        self, host: KvmHost, leaf: int, *, n: int = 1, status: int, count: int | None = 1
-    ) -> None:
+    def choose(self, n: int, count: int | None) -> None:
+        """Say which calls fail. Refuses n or count below 1: ValueError."""
         if n < 1:
             raise ValueError(f"call {n}; calls of a leaf are counted from 1")
         if count is not None and count < 1:
             raise ValueError(f"{count} calls; choose 1 or more, or None for all from call {n} on")
-        if not 0 <= status < 1 << 64:
-            raise ValueError(f"status {status:#x} does not fit RAX; choose 0 to {(1 << 64) - 1:#x}")
-        super().__init__(host)
-        self.leaf, self.n, self.status, self.count = leaf, n, status, count
+        self.n, self.count = n, count
 
     @property
     def answered(self) -> int:
-        """Calls that got the status."""
+        """Calls that failed on purpose."""
         failed = max(0, self.calls - self.n + 1)
         return failed if self.count is None else min(failed, self.count)
 
+    def strikes(self) -> bool:
+        """Count one call; True if it is one that shall fail."""
+        if self.is_armed is not None and not self.is_armed():
+            return False
+        before = self.answered
+        self.calls += 1
+        return self.answered > before
+
+
+class FailNth(Nth, Between):
+    """Hardware whose module refuses some calls of one leaf.
+
+    leaf: number. n, count: which calls, as for `Nth`. status: u64 in RAX; 0 makes KVM believe that
+    a call was done that was not.
+    Refuses n or count below 1, and a status that is no u64: ValueError.
+    Differs: a refused call leaves all registers as they are, where the module writes some.
+    """
+
+    def __init__(
+        self, host: KvmHost, leaf: int, *, n: int = 1, status: int, count: int | None = 1
+    ) -> None:
+        self.choose(n, count)
+        if not 0 <= status < 1 << 64:
+            raise ValueError(f"status {status:#x} does not fit RAX; choose 0 to {(1 << 64) - 1:#x}")
+        super().__init__(host)
+        self.leaf, self.status = leaf, status
+
     def seamcall_steps(self, lp: int, rax: int, registers: Registers) -> Operation:
         """As the hardware behind, unless the call is one that shall fail."""
-        if rax & LEAF_MASK == self.leaf:
-            before = self.answered
-            self.calls += 1
-            if self.answered > before:
-                return self.status
+        if rax & LEAF_MASK == self.leaf and self.strikes():
+            return self.status
         return (yield from self.behind.seamcall_steps(lp, rax, registers))
