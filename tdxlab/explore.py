@@ -23,6 +23,7 @@ from typing import NamedTuple
 from tdxlab.crew import Actor, Crew, Fault, Moved, Situation
 from tdxlab.frames import Fingerprints
 from tdxlab.journal import Journal
+from tdxlab.player import Check, Player, Schedule, nothing_to_check, schedule_table
 from tdxlab.states import States
 
 #: Moves, repeated ones too, after which an exploration gives up.
@@ -31,16 +32,6 @@ BUDGET = 20_000_000
 _COMPARE_EVERY = 16
 #: Progress is told once in so many states.
 _TELL_EVERY = 256
-
-#: (who, what it did) of each move.
-Schedule = tuple[tuple[str, str], ...]
-#: Looks at the machine; the argument is True if all actors have ended.
-Check = Callable[[bool], Fault | None]
-
-
-def nothing_to_check(_ended: bool) -> Fault | None:
-    """A check that finds every machine right."""
-    return None
 
 
 class Violation(NamedTuple):
@@ -55,19 +46,7 @@ class Violation(NamedTuple):
 
     def table(self) -> str:
         """The schedule as a table: one column for each actor, one line for each move."""
-        names = list(dict.fromkeys(who for who, _ in self.schedule))
-        widths = [
-            max(len(w) for n, w in [*self.schedule, (name, name)] if n == name) for name in names
-        ]
-        rows = [names, ["-" * width for width in widths]]
-        rows += [[label if name == who else "" for name in names] for who, label in self.schedule]
-        pad = len(str(len(self.schedule)))
-        lines = []
-        for number, row in enumerate(rows, -1):
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-            count = str(number) if number > 0 else ""
-            lines.append("  ".join([count.rjust(pad), *cells]).rstrip())
-        return "\n".join([*lines, f"{self.invariant}: {self.explanation}"])
+        return f"{schedule_table(self.schedule)}\n{self.invariant}: {self.explanation}"
 
 
 class Exploration(NamedTuple):
@@ -354,27 +333,6 @@ def replayed(
 
     Refuses a schedule whose moves do not happen as it says: ValueError.
     """
-    states = States(journal)
-    crew = Crew(actors, states, Fingerprints())
-    try:
-        yield replay_schedule(actors, crew, schedule)
-    finally:
-        crew.close()
-        states.close()
-
-
-def replay_schedule(
-    actors: Sequence[Actor], crew: Crew, schedule: Sequence[tuple[str, str]]
-) -> Fault | None:
-    """Make the moves of `schedule` with a crew that has not moved; as `replayed`."""
-    numbers = {actor.name: number for number, actor in enumerate(actors)}
-    situation, fault = crew.beginning(), None
-    for place, (who, label) in enumerate(schedule, 1):
-        if who not in numbers:
-            raise ValueError(f"there is no actor {who!r}; choose of {', '.join(numbers)}")
-        moved = crew.move(numbers[who], situation)
-        if moved is None or moved.label != label:
-            now = "waits" if moved is None else f"does {moved.label!r}"
-            raise ValueError(f"move {place}: {who} {now}, not {label!r}")
-        situation, fault = moved.situation, moved.fault
-    return fault
+    with Player(actors, journal) as player:
+        player.follow(schedule)
+        yield player.fault

@@ -36,6 +36,8 @@ from tdxlab.kvm.page_fault import (
 )
 from tdxlab.kvm.vm import Vm
 from tdxlab.machine import Machine
+from tdxlab.player import ROUND_ROBIN, RUN_BUDGET, Order, Played, Player
+from tdxlab.player import run as run_once
 from tdxlab.steps import Operation, Step, run
 from tdxlab.vmm_run import RunResult
 from tdxlab.vmm_td import Td
@@ -99,6 +101,34 @@ class Race(NamedTuple):
             return Fault(f"invariant {broken.number}: {broken.name}", broken.explanation)
         return None
 
+    @property
+    def counters(self) -> list[object]:
+        """Stores that only count what happens: they tell no states apart."""
+        found: list[object] = [self.machine.trace.words, self.machine.host.counters]
+        for vm in self.vms:
+            found += [w for v in vm.vcpus for w in vars(v).values() if isinstance(w, Words)]
+        return found
+
+    @property
+    def locks(self) -> list[object]:
+        """What is held for a while and leaves nothing behind."""
+        found: list[object] = [self.machine.host.tdx_lock]
+        for vm in self.vms:
+            found += [vm.mmu_lock, vm.slots_lock, vm.srcu]
+        return found
+
+    def player(self) -> Player:
+        """The scenario in the hands of somebody who says who moves next."""
+        journal = self.machine.journal
+        return Player(self.actors, journal, self.check, ignored=self.counters, locks=self.locks)
+
+    def run(self, order: Order = ROUND_ROBIN, *, budget: int = RUN_BUDGET) -> Played:
+        """The scenario once, in one order, which leaves the machine where it led; as
+        `player.run`.
+        """
+        journal = self.machine.journal
+        return run_once(self.actors, journal, order, check=self.check, budget=budget)
+
     def explore(
         self,
         *,
@@ -107,18 +137,12 @@ class Race(NamedTuple):
         progress: Callable[[int, int], None] | None = None,
     ) -> Exploration:
         """All schedules of the scenario; as `explore.explore`."""
-        host = self.machine.host
-        counters: list[object] = [self.machine.trace.words, host.counters]
-        locks: list[object] = [host.tdx_lock]
-        for vm in self.vms:
-            locks += [vm.mmu_lock, vm.slots_lock, vm.srcu]
-            counters += [w for v in vm.vcpus for w in vars(v).values() if isinstance(w, Words)]
         return explore(
             self.actors,
             self.machine.journal,
             self.check,
-            ignored=counters,
-            locks=locks,
+            ignored=self.counters,
+            locks=self.locks,
             hashing=hashing,
             budget=budget,
             progress=progress,

@@ -57,6 +57,10 @@ class States:
     def close(self) -> None:
         """Go back to the base and give its mark up."""
         self.journal.rewind(self.base)
+        self.release()
+
+    def release(self) -> None:
+        """Give the mark up; the machine stays as it is."""
         self.journal.release(self.base)
 
     def number(self, value: Hashable) -> int:
