@@ -36,6 +36,11 @@ TD_VCPU_PEND_NMI = 32 << 56 | 11
 #: Class 17, not architectural: bit 0 says that an interrupt waits in the virtual APIC.
 TD_VCPU_STATE_DETAILS_NON_ARCH = 1 << 63 | 17 << 56 | 0x100
 
+#: What a wrapper with extended outputs returns: the status, ext_err1, ext_err2. The two words are
+#: only logged; of the MEM leaves they are the Secure EPT entry at which the walk stopped, and its
+#: level and state.
+Answer = tuple[int, int, int]
+
 #: Masks of VP.WR: every bit of a field of that width.
 MASK_8, MASK_16, MASK_64 = (1 << 8) - 1, (1 << 16) - 1, (1 << 64) - 1
 
@@ -64,17 +69,6 @@ class TdxVp(NamedTuple):
 
     tdvpr: int = 0
     tdcx: tuple[int, ...] = ()
-
-
-class Answer(NamedTuple):
-    """What a wrapper with extended outputs returns: the status, and two words that it only logs.
-
-    For the MEM leaves: the Secure EPT entry at which the walk stopped, and its level and state.
-    """
-
-    status: int
-    ext_err1: int
-    ext_err2: int
 
 
 class Reclaimed(NamedTuple):

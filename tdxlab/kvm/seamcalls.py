@@ -26,6 +26,7 @@ from tdxlab.steps import Step
 
 #: Calls in all before a lack of entropy is given up on. Source: RDRAND_RETRY_LOOPS.
 RDRAND_RETRY_LOOPS = 10
+_TRIES = range(RDRAND_RETRY_LOOPS)
 
 Status = Generator[Step, None, int]
 Answered = Generator[Step, None, Answer]
@@ -46,7 +47,7 @@ def sc_retry(host: KvmHost, leaf: int, registers: Registers, label: Step) -> Sta
 
     Source: asm/tdx.h, sc_retry.
     """
-    for _ in range(RDRAND_RETRY_LOOPS):
+    for _ in _TRIES:
         yield label
         lp = host.running.lp
         status: int = yield from host.hardware.seamcall_steps(lp, leaf, registers)
@@ -57,13 +58,13 @@ def sc_retry(host: KvmHost, leaf: int, registers: Registers, label: Step) -> Sta
 
 def sc_retry_ret(host: KvmHost, leaf: int, registers: Registers, label: Step) -> Answered:
     """As `sc_retry`, for callers that want RCX and RDX too. Source: tdx.c, seamcall_ret."""
-    for _ in range(RDRAND_RETRY_LOOPS):
+    for _ in _TRIES:
         yield label
         lp = host.running.lp
         status: int = yield from host.hardware.seamcall_steps(lp, leaf, registers)
         if status != TDX_RND_NO_ENTROPY:
             break
-    return Answer(status, registers.rcx, registers.rdx)
+    return status, registers.rcx, registers.rdx
 
 
 def tdx_clflush_page(host: KvmHost, hpa: int) -> None:

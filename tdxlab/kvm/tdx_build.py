@@ -129,12 +129,12 @@ def tdx_gmem_post_populate(
     ret, _ = yield from kvm_tdp_map_page(vcpu, gpa, error_code)
     if ret < 0:
         return ret
-    answer = yield from tdh_mem_page_add(
+    err, entry, level_state = yield from tdh_mem_page_add(
         tdx.host, tdx.td, gpa, pfn << PAGE_SHIFT, source_page.pfn << PAGE_SHIFT
     )
-    if answer.status:
-        tdx.vm.emit("pr_err", failure("TDH_MEM_PAGE_ADD", *answer))
-        return -EBUSY if tdx_operand_busy(answer.status) else -EIO
+    if err:
+        tdx.vm.emit("pr_err", failure("TDH_MEM_PAGE_ADD", err, entry, level_state))
+        return -EBUSY if tdx_operand_busy(err) else -EIO
     if tdx.nr_premapped:
         tdx.nr_premapped -= 1
     else:
@@ -146,8 +146,8 @@ def tdx_gmem_post_populate(
 
 def _extend(tdx: Tdx, gpa: int) -> Status:
     for chunk in range(gpa, gpa + PAGE_SIZE, TDX_EXTENDMR_CHUNKSIZE):
-        answer = yield from tdh_mr_extend(tdx.host, tdx.td, chunk)
-        if answer.status:
+        err, _, _ = yield from tdh_mr_extend(tdx.host, tdx.td, chunk)
+        if err:
             return -EIO
     return 0
 

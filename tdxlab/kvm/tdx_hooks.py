@@ -50,12 +50,12 @@ def tdx_sept_link_private_spt(tdx: Tdx, gfn: int, level: int, external_spt: int)
     Returns 0, -EBUSY, or -EIO with the VM dead.
     """
     sept_level = pg_level_to_tdx_sept_level(level)
-    answer = yield from tdh_mem_sept_add(
+    err, entry, level_state = yield from tdh_mem_sept_add(
         tdx.host, tdx.td, gfn_to_gpa(gfn), sept_level, external_spt
     )
-    if tdx_operand_busy(answer.status):
+    if tdx_operand_busy(err):
         return -EBUSY
-    return -EIO if tdx.bug_on("TDH_MEM_SEPT_ADD", *answer) else 0
+    return -EIO if tdx.bug_on("TDH_MEM_SEPT_ADD", err, entry, level_state) else 0
 
 
 def tdx_sept_set_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
@@ -70,15 +70,15 @@ def tdx_sept_set_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
     tdx.vm.guest_memory.get_page(pfn)
     if not tdx.is_runnable:
         return _tdx_mem_page_record_premap_cnt(tdx)
-    answer = yield from tdh_mem_page_aug(
+    err, entry, level_state = yield from tdh_mem_page_aug(
         tdx.host, tdx.td, gfn << PAGE_SHIFT, level - 1, pfn << PAGE_SHIFT
     )
-    if not answer.status:
+    if not err:
         return 0
     tdx.vm.guest_memory.put_page(pfn)
-    if tdx_operand_busy(answer.status):
+    if tdx_operand_busy(err):
         return -EBUSY
-    tdx.bug_on("TDH_MEM_PAGE_AUG", *answer)
+    tdx.bug_on("TDH_MEM_PAGE_AUG", err, entry, level_state)
     return -EIO
 
 
@@ -98,57 +98,56 @@ def tdx_sept_remove_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Ho
     ever: it is lost.
     """
     if tdx.is_hkid_assigned:
-        ret = yield from _tdx_sept_zap_private_spte(tdx, gfn, level, pfn)
+        ret = yield from tdx_sept_zap_private_spte(tdx, gfn, level, pfn)
         if ret > 0:
             yield from tdx_track(tdx)
-            ret = yield from _tdx_sept_drop_private_spte(tdx, gfn, level, pfn)
+            ret = yield from tdx_sept_drop_private_spte(tdx, gfn, level, pfn)
     else:
         tdx.vm.bug("a private page is removed without a KeyID")
         ret = -EINVAL
     if ret:
-        _leak(tdx, pfn << PAGE_SHIFT)
+        leak_page(tdx, pfn)
     return ret
 
 
-def _leak(tdx: Tdx, hpa: int) -> None:
+def leak_page(tdx: Tdx, pfn: int) -> None:
     """The module still has the page: nobody may use it again."""
+    hpa = pfn << PAGE_SHIFT
     if tdx.host.pages.use_of(hpa):
         tdx.host.pages.leak(hpa, tdx.vm.vm_bugged)
 
 
-def _tdx_sept_zap_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
+def tdx_sept_zap_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
     """Block the entry. Returns 1; 0 if it turns out that the page was only premapped; -errno."""
     if level != 1:
         tdx.vm.bug(f"a private page at level {level} is zapped: only 4 KiB pages are possible")
         return -EINVAL
     host, td, gpa, sept_level = tdx.host, tdx.td, gfn << PAGE_SHIFT, level - 1
-    answer = yield from tdh_mem_range_block(host, td, gpa, sept_level)
-    if not answer.status:
+    err, entry, level_state = yield from tdh_mem_range_block(host, td, gpa, sept_level)
+    if not err:
         return 1
-    if tdx_operand_busy(answer.status):
+    if tdx_operand_busy(err):
         again = tdh_mem_range_block(host, td, gpa, sept_level)
-        answer = yield from _retry_without_vcpus(tdx, again)
-    if answer.status and _is_sept_zap_err_due_to_premap(tdx, answer):
+        err, entry, level_state = yield from _retry_without_vcpus(tdx, again)
+    if err and _is_sept_zap_err_due_to_premap(tdx, err, entry):
         if not tdx.nr_premapped:
             tdx.vm.bug("a page is zapped that was neither added nor premapped")
             return -EIO
         tdx.nr_premapped -= 1
         tdx.vm.guest_memory.put_page(pfn)
         return 0
-    if answer.status:
-        tdx.bug_on("TDH_MEM_RANGE_BLOCK", *answer)
+    if err:
+        tdx.bug_on("TDH_MEM_RANGE_BLOCK", err, entry, level_state)
         return -EIO
     return 1
 
 
-def _is_sept_zap_err_due_to_premap(tdx: Tdx, answer: Answer) -> bool:
+def _is_sept_zap_err_due_to_premap(tdx: Tdx, err: int, entry: int) -> bool:
     """The TD is being built, and the module has no page there: the mirror was ahead of it.
 
     Source: tdx.c, tdx_is_sept_zap_err_due_to_premap.
     """
-    return (
-        not tdx.is_runnable and answer.status == _PREMAPPED_ONLY and not answer.ext_err1 & EPT_RWX
-    )
+    return not tdx.is_runnable and err == _PREMAPPED_ONLY and not entry & EPT_RWX
 
 
 def tdx_track(tdx: Tdx) -> Doing:
@@ -165,15 +164,15 @@ def tdx_track(tdx: Tdx) -> Doing:
     yield from tdx.host.kick_all(tdx.vm, "OUTSIDE_GUEST_MODE")
 
 
-def _tdx_sept_drop_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
+def tdx_sept_drop_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
     """Take the page out of the TD, write its lines back, clear it, drop its reference."""
     host, td, gpa, sept_level = tdx.host, tdx.td, gfn << PAGE_SHIFT, level - 1
-    answer = yield from tdh_mem_page_remove(host, td, gpa, sept_level)
-    if answer.status and tdx_operand_busy(answer.status):
+    err, entry, level_state = yield from tdh_mem_page_remove(host, td, gpa, sept_level)
+    if err and tdx_operand_busy(err):
         again = tdh_mem_page_remove(host, td, gpa, sept_level)
-        answer = yield from _retry_without_vcpus(tdx, again)
-    if answer.status:
-        tdx.bug_on("TDH_MEM_PAGE_REMOVE", *answer)
+        err, entry, level_state = yield from _retry_without_vcpus(tdx, again)
+    if err:
+        tdx.bug_on("TDH_MEM_PAGE_REMOVE", err, entry, level_state)
         return -EIO
     hpa = pfn << PAGE_SHIFT
     status = yield from tdh_phymem_page_wbinvd_hkid(host, tdx.hkid, hpa)

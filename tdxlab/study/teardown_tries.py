@@ -26,7 +26,8 @@ def _reclaim(lab: TeardownLab) -> Operation:
 
 
 def _block(lab: TeardownLab) -> Operation:
-    return (yield from tdh_mem_range_block(lab.machine.host, lab.td.tdx.td, 0, 0)).status
+    err, _, _ = yield from tdh_mem_range_block(lab.machine.host, lab.td.tdx.td, 0, 0)
+    return err
 
 
 #: Leaf -> how to call it on a lab's TD, for a private page where it needs one.
