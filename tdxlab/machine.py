@@ -14,14 +14,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 
 from tdxlab import accounts, steps
 from tdxlab.abi.leaves import HOST_LEAVES
 from tdxlab.arch import GPAW_CHOICES, PAGE_SIZE, SIZE_1G, shared_bit
 from tdxlab.bare import BareMachine
+from tdxlab.failures import Failure, Pace, injected
 from tdxlab.hardware import default_platform
 from tdxlab.journal import Field, Fields, Journalled
+from tdxlab.kvm.injection import Nth
 from tdxlab.kvm.params import KVM_X86_DEFAULT_VM, MmuParams, VmConfig
 from tdxlab.kvm.tdx_module import tdx_bringup
 from tdxlab.sizes import format_size, parse_size
@@ -171,6 +174,14 @@ class Machine(BareMachine, Journalled):
                 f"at most {format_size(limit)} (GPAW {gpaw})"
             )
         return size
+
+    def failing(
+        self, *failures: Failure, td: Td | None = None, pace: Pace | None = None
+    ) -> AbstractContextManager[list[Nth]]:
+        """Let SEAMCALLs, hooks of `td` or allocations fail while the `with` lasts; see
+        `tdxlab.failures`.
+        """
+        return injected(self.host, failures, tdx=None if td is None else td.tdx, pace=pace)
 
     # -- counts
 
