@@ -1,17 +1,18 @@
 """Host RAM: page contents, KeyIDs, TD ownership, integrity and poison.
 
 Contents exist only where somebody wrote them: a page has a frame of 512 words once data is stored
-in it, and reads as zeros until then. Every 64-byte line remembers the KeyID it was last written
-with; a private KeyID sets the TD-owner bit of the line. Encryption is computed when somebody looks
-with another key.
+in it, and reads as zeros until then. Every 64-byte line remembers the key it was last written with:
+a KeyID, and which of the keys that PCONFIG has put behind it. A private KeyID sets the TD-owner bit
+of the line. Encryption is computed when somebody looks with another key.
 
 What a read of a line gives:
 
     reader's KeyID          line last written with      result
-    the same                                            the data
-    shared                  a private KeyID             ciphertext-like bytes
-    shared                  another shared KeyID        ciphertext-like bytes
-    private                 any other KeyID             MachineCheck, and the line is poisoned
+    its key                                             the data
+    0                       any other key               what the memory holds: ciphertext
+    another shared one      any other key               that ciphertext, deciphered with its key
+    private                 a shared KeyID              MachineCheck, and the line is poisoned
+    private                 another private key         the same if lines have a MAC, else garbage
     any                     (line is poisoned)          MachineCheck
 
 A whole-line store (MOVDIR64B, or any write that covers the 64 bytes) gives the line the writer's
@@ -20,15 +21,18 @@ the line.
 
 Differs: real parts with cryptographic integrity may give a host that reads a TD's line a fixed
 pattern instead of ciphertext; our sources do not settle which, so the model shows what encryption
-alone would show. Caches are not modelled: a write reaches memory at once, and a write-back only
-counts. Addresses without RAM read as zeros and swallow what is written.
+alone would show. Nor do they say how a part without MACs answers; here the TD-owner bit is all that
+it checks. KeyID 0 is without encryption, as if it were bypassed. Caches are not modelled: a write
+reaches memory at once, and a write-back only counts. Addresses without RAM read as zeros and
+swallow what is written.
 """
 
 from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from tdxlab.arch import (
     HPA_MASK,
@@ -48,11 +52,24 @@ from tdxlab.trace import Trace
 LINE_SIZE = 1 << LINE_SHIFT
 ZERO_PAGE = bytes(PAGE_SIZE)
 
-_KEYID = (1 << 14) - 1
-_OWNED = 1 << 14
-_POISON = 1 << 15
+#: A line's tag: the number of the key, the TD-owner bit, poison.
+KEY = (1 << 14) - 1
+OWNED = 1 << 14
+POISON = 1 << 15
 
-Cipher = Callable[[int, int, int, bytes], bytes]
+
+class Cipher(Protocol):
+    """How lines are enciphered. hpa: address of the line; key: number of a key, 1 or greater; line:
+    64 bytes. The two undo each other.
+    """
+
+    def encipher(self, hpa: int, key: int, line: bytes) -> bytes:
+        """The line as the memory holds it."""
+        ...
+
+    def decipher(self, hpa: int, key: int, line: bytes) -> bytes:
+        """The line as a reader with the key gets it."""
+        ...
 
 
 class MachineCheck(Exception):
@@ -66,15 +83,17 @@ class MachineCheck(Exception):
         self.hpa = hpa
 
 
-def scramble(hpa: int, written: int, reader: int, data: bytes) -> bytes:
-    """The default cipher: `data` of one line as it looks under the wrong key.
+class Scramble:
+    """The default cipher: other bytes for each address and key, and no secret."""
 
-    hpa: address of the line; written, reader: the two KeyIDs. Deterministic, and different for each
-    address and key.
-    """
-    seed = b"%d:%d:%d" % (hpa, written, reader)
-    pad = hashlib.blake2b(seed, digest_size=LINE_SIZE).digest()
-    return bytes(a ^ b for a, b in zip(data, pad, strict=True))
+    def encipher(self, hpa: int, key: int, line: bytes) -> bytes:
+        """`line` with a pad that the address and the key give."""
+        pad = hashlib.blake2b(b"%d:%d" % (hpa, key), digest_size=LINE_SIZE).digest()
+        return bytes(a ^ b for a, b in zip(line, pad, strict=True))
+
+    def decipher(self, hpa: int, key: int, line: bytes) -> bytes:
+        """The same pad again."""
+        return self.encipher(hpa, key, line)
 
 
 class Memory:
@@ -84,7 +103,8 @@ class Memory:
     keyid_bits: width of the KeyID field at the top of a 52-bit physical address.
     first_private: the lowest private KeyID; it and greater ones set the TD-owner bit.
     encrypted: False models a machine whose memory reads the same under every KeyID (as the recorder
-    of the traces had it).
+    of the traces had it). has_mac: each line has a MAC, made with its key; without, only the
+    TD-owner bit protects a private reader. cipher: what others than the writer see.
     """
 
     def __init__(
@@ -96,7 +116,8 @@ class Memory:
         keyid_bits: int = 6,
         first_private: int = 32,
         encrypted: bool = True,
-        cipher: Cipher = scramble,
+        has_mac: bool = True,
+        cipher: Cipher | None = None,
     ) -> None:
         self.ram = tuple(ram)
         #: ends of the ranges of RAM, ascending: from an even place up to the next one it is RAM
@@ -108,7 +129,8 @@ class Memory:
         self.keyid_mask = (PA_LIMIT - 1) & ~self.pa_mask
         self.first_private = first_private
         self.encrypted = encrypted
-        self._cipher = cipher
+        self.has_mac = has_mac
+        self.cipher = cipher or Scramble()
         self._trace = trace
         pages = sum(region.size for region in self.ram) >> PAGE_SHIFT
         self.words = Words(journal, pages * WORDS_PER_PAGE, sparse=True)
@@ -117,6 +139,10 @@ class Memory:
         pfns = max(region.end for region in self.ram) >> PAGE_SHIFT
         self._tags = Words(journal, pfns, typecode="H", sparse=True)
         self._mixed = Table(journal)
+        #: KeyID -> tag of what is written with it
+        self._tag_of = Words(journal, 1 << keyid_bits, typecode="H")
+        for keyid in range(1 << keyid_bits):
+            self._tag_of.put(keyid, keyid | (OWNED if keyid >= first_private else 0))
         self._cursor = Words(journal, 1)
         self.words.extent = 0
 
@@ -204,24 +230,37 @@ class Memory:
         self._write_line(hpa, 0, data, keyid)
         self._trace.count("movdir64b")
 
+    # -- keys
+
+    def new_key(self, keyid: int) -> None:
+        """Put a new key behind `keyid`; what was written with the old one stays as it is.
+
+        Differs: keys have numbers of 14 bits, of which the lowest are the KeyID: with 6 KeyID bits
+        the 257th key of a KeyID is its first one again.
+        """
+        tag = self._tag_of.view[keyid]
+        self._tag_of.put(keyid, tag & OWNED | tag + len(self._tag_of) & KEY)
+
     def keyid_of(self, hpa: int) -> int:
         """The KeyID that the line at `hpa` was last written with."""
-        return self._tag(hpa) & _KEYID
+        return self.tag(hpa) & len(self._tag_of) - 1
 
     def is_td_owned(self, hpa: int) -> bool:
         """The TD-owner bit of the line at `hpa`."""
-        return bool(self._tag(hpa) & _OWNED)
+        return bool(self.tag(hpa) & OWNED)
 
     def is_poisoned(self, hpa: int) -> bool:
         """True if reading the line at `hpa` would be a machine check for everybody."""
-        return bool(self._tag(hpa) & _POISON)
+        return bool(self.tag(hpa) & POISON)
+
+    def current_tags(self) -> list[int]:
+        """The tag that each KeyID writes at present, in the order of the KeyIDs."""
+        return self._tag_of.view.tolist()
 
     # -- lines
 
-    def _make_tag(self, keyid: int) -> int:
-        return keyid | (_OWNED if keyid >= self.first_private else 0)
-
-    def _tag(self, hpa: int) -> int:
+    def tag(self, hpa: int) -> int:
+        """What is known of the line at `hpa` besides its content: KEY, OWNED and POISON bits."""
         pfn = hpa >> PAGE_SHIFT
         mixed = self._mixed.get(pfn)
         if mixed is not None:
@@ -229,14 +268,14 @@ class Memory:
         return int(self._tags.view[pfn])
 
     def _tag_page(self, pfn: int, keyid: int) -> None:
-        tag = self._make_tag(keyid)
+        tag = self._tag_of.view[keyid]
         if self._tags.view[pfn] != tag:
             self._tags.put(pfn, tag)
         if pfn in self._mixed:
             self._mixed.drop(pfn)
 
     def _tag_line(self, line: int, tag: int) -> None:
-        if self._tag(line) == tag:
+        if self.tag(line) == tag:
             return
         pfn = line >> PAGE_SHIFT
         tags = list(self._mixed.get(pfn, (self._tags.view[pfn],) * LINES_PER_PAGE))
@@ -249,33 +288,46 @@ class Memory:
             return ZERO_PAGE[:LINE_SIZE]
         return self.words.read(base + ((line & PAGE_OFFSET_MASK) >> 3), LINE_SIZE >> 3)
 
+    def ciphertext(self, line: int) -> bytes:
+        """The 64 bytes that the memory holds for the line at `line`."""
+        key, data = self.tag(line) & KEY, self._stored(line)
+        return self.cipher.encipher(line, key, data) if key else data
+
+    def put_line(self, line: int, data: bytes, tag: int) -> None:
+        """Give the line at `line` a content and a tag, past every check."""
+        self.words.fill(self.frame(line) + ((line & PAGE_OFFSET_MASK) >> 3), data)
+        self._tag_line(line, tag)
+
+    def _seen(self, line: int, keyid: int) -> bytes:
+        """A line as a reader sees it whose key it was not written with."""
+        raw, key = self.ciphertext(line), self._tag_of.view[keyid] & KEY
+        return self.cipher.decipher(line, key, raw) if key else raw
+
     def _read_line(self, line: int, keyid: int) -> bytes:
         if not self.is_ram(line):
             return ZERO_PAGE[:LINE_SIZE]
-        data = self._stored(line)
-        tag = self._tag(line)
-        if not self.encrypted or tag == self._make_tag(keyid):
-            return data
-        if tag & _POISON:
+        tag = self.tag(line)
+        if not self.encrypted or tag == self._tag_of.view[keyid]:
+            return self._stored(line)
+        if tag & POISON:
             raise MachineCheck(line)
-        if keyid >= self.first_private:
-            self._tag_line(line, tag | _POISON)
+        if keyid >= self.first_private and (self.has_mac or not tag & OWNED):
+            self._tag_line(line, tag | POISON)
             raise MachineCheck(line)
-        return self._cipher(line, tag & _KEYID, keyid, data)
+        return self._seen(line, keyid)
 
     def _write_line(self, line: int, start: int, piece: bytes, keyid: int) -> None:
         if not self.is_ram(line):
             return
-        old_tag, new_tag = self._tag(line), self._make_tag(keyid)
+        old_tag, new_tag = self.tag(line), self._tag_of.view[keyid]
         data = bytearray(self._stored(line))
         if len(piece) != LINE_SIZE and self.encrypted and old_tag != new_tag:
-            if old_tag & (_OWNED | _POISON):
-                new_tag = old_tag | _POISON
+            if old_tag & (OWNED | POISON):
+                new_tag = old_tag | POISON
             else:
-                data = bytearray(self._cipher(line, old_tag & _KEYID, keyid, bytes(data)))
+                data = bytearray(self._seen(line, keyid))
         data[start : start + len(piece)] = piece
-        self.words.fill(self.frame(line) + ((line & PAGE_OFFSET_MASK) >> 3), bytes(data))
-        self._tag_line(line, new_tag)
+        self.put_line(line, bytes(data), new_tag)
 
 
 def _lines(hpa: int, size: int) -> Iterator[tuple[int, int, int]]:

@@ -4,7 +4,7 @@ import pytest
 
 from tdxlab.hardware import Region
 from tdxlab.journal import Journal
-from tdxlab.memory import MachineCheck, Memory, scramble
+from tdxlab.memory import MachineCheck, Memory, Scramble
 from tdxlab.trace import Trace
 
 HPA = 0x4000
@@ -44,7 +44,7 @@ def test_a_shared_reader_with_another_keyid_gets_something_like_ciphertext(
     memory.write(HPA, DATA, writer)
     seen = memory.read(HPA, 64, SHARED)
     assert seen != DATA
-    assert seen == memory.read(HPA, 64, SHARED) == scramble(HPA, writer, SHARED, DATA)
+    assert seen == memory.read(HPA, 64, SHARED) == Scramble().encipher(HPA, writer, DATA)
     assert not memory.is_poisoned(HPA)
     assert memory.read(HPA, 64, writer) == DATA
 
@@ -126,7 +126,7 @@ def test_a_store_to_a_part_of_a_line_of_another_shared_keyid_garbles_the_rest(
     memory.write(HPA, DATA, OTHER_SHARED)
     memory.write(HPA, b"mine", SHARED)
     assert memory.read(HPA, 4, SHARED) == b"mine"
-    assert memory.read(HPA + 4, 60, SHARED) == scramble(HPA, OTHER_SHARED, SHARED, DATA)[4:]
+    assert memory.read(HPA + 4, 60, SHARED) == Scramble().encipher(HPA, OTHER_SHARED, DATA)[4:]
 
 
 def test_a_write_across_lines_and_pages_is_read_back(memory: Memory) -> None:
@@ -168,3 +168,52 @@ def test_require_ram_names_the_address_and_the_ram(memory: Memory, hpa: int, siz
         ValueError, match=r"not in this machine's memory; its RAM is 0x0\.\.0xfffff"
     ):
         memory.require_ram(hpa, size)
+
+
+# -- keys, and integrity without MACs
+
+
+def test_new_key_keeps_what_was_written_and_hides_it_from_the_new_one(memory: Memory) -> None:
+    memory.write(HPA, DATA, PRIVATE)
+    held = memory.read(HPA, 64, SHARED)
+    memory.new_key(PRIVATE)
+    assert (memory.keyid_of(HPA), memory.is_td_owned(HPA)) == (PRIVATE, True)
+    assert memory.read(HPA, 64, SHARED) == held
+    with pytest.raises(MachineCheck):
+        memory.read(HPA, 64, PRIVATE)
+    memory.write(HPA, DATA, PRIVATE)
+    assert memory.read(HPA, 64, PRIVATE) == DATA
+    assert memory.read(HPA, 64, SHARED) not in (held, DATA)
+
+
+def test_new_key_never_leaves_its_keyid_however_often_it_is_called(memory: Memory) -> None:
+    for _ in range(300):
+        memory.new_key(PRIVATE)
+        memory.write(HPA, DATA, PRIVATE)
+        assert (memory.keyid_of(HPA), memory.is_td_owned(HPA)) == (PRIVATE, True)
+
+
+def test_without_macs_another_private_key_reads_garbage_and_nobody_notices(memory: Memory) -> None:
+    memory.has_mac = False
+    memory.write(HPA, DATA, OTHER_PRIVATE)
+    seen = memory.read(HPA, 64, PRIVATE)
+    assert seen not in (DATA, memory.read(HPA, 64, SHARED))
+    assert not memory.is_poisoned(HPA)
+
+
+def test_without_macs_the_owner_bit_still_stops_what_the_host_wrote(memory: Memory) -> None:
+    memory.has_mac = False
+    memory.write(HPA, DATA, SHARED)
+    with pytest.raises(MachineCheck):
+        memory.read(HPA, 64, PRIVATE)
+    assert memory.is_poisoned(HPA)
+
+
+def test_a_new_key_is_taken_back_by_a_rewind() -> None:
+    journal = Journal()
+    memory = Memory(journal, Trace(journal), [Region(0, 1 << 20)])
+    memory.write(HPA, DATA, PRIVATE)
+    mark = journal.mark()
+    memory.new_key(PRIVATE)
+    journal.rewind(mark)
+    assert memory.read(HPA, 64, PRIVATE) == DATA

@@ -95,7 +95,8 @@ def tdh_mng_key_config(call: Call) -> Operation:
     RCX: HPA of the TDR; unchanged.
     Refuses, in order: TDR, taken exclusively (RCX); TD_FATAL; LIFECYCLE_STATE_INCORRECT;
     KEY_CONFIGURED, a warning; PCONFIG busy (KET), KEY_GENERATION_FAILED.
-    Source: TDX module 1.5.01, tdh_mng_key_config.c.
+    Source: TDX module 1.5.01, tdh_mng_key_config.c. Differs: all packages have the same key, made
+    with the first.
     """
     module, words = call.module, call.module.memory.words
     td = lock_tdr(call, call.registers.rcx, OPERAND_ID_RCX, exclusive=True)
@@ -110,6 +111,8 @@ def tdh_mng_key_config(call: Call) -> Operation:
     require_pconfig(call)
     yield ("TDH.MNG.KEY.CONFIG", td.tdr)
     # -- effects: nothing below may fail
+    if not done:
+        module.memory.new_key(td.hkid)
     words.put(td.page + Tdr.PKG_CONFIG_BITMAP, done | package)
     if done | package == module.all_packages:
         words.put(td.page + Tdr.LIFECYCLE, TD_KEYS_CONFIGURED)
