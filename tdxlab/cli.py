@@ -1,4 +1,4 @@
-"""The command `tdxlab`: lab, demo, replay, explore, bench, doctor.
+"""The command `tdxlab`: lab, demo, replay, explore, measure, bench, doctor.
 
 Every command imports what it needs when it runs, so that `tdxlab --help` answers at once. A mistake
 at the keyboard is one line on stderr and exit status 2, never a traceback.
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from string import hexdigits
 from typing import NoReturn
 
 from tdxlab import __version__
@@ -20,6 +21,8 @@ EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 #: A guest of the demo may not be larger: it would run for hours.
 DEMO_LIMIT = 1 << 36
+#: Digits of an MRTD.
+MRTD_DIGITS = 96
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_replay(commands)
     _add_explore(commands)
+    _add_measure(commands)
     for name, run, text in (
         ("bench", _bench, "measure the model's speed, as ratios to a plain-Python baseline"),
         ("doctor", _doctor, "say what is installed, what is missing and what is not modelled"),
@@ -122,6 +126,22 @@ def _add_explore(commands: argparse._SubParsersAction[_Parser]) -> None:
     explore.set_defaults(run=_explore)
 
 
+def _add_measure(commands: argparse._SubParsersAction[_Parser]) -> None:
+    text = "build a TD with a firmware image and print the MRTD that the module computes"
+    measure = commands.add_parser("measure", help=text, description=text)
+    note = "TDVF firmware image, code and variables in one file, such as OVMF.fd"
+    measure.add_argument("image", type=Path, metavar="IMAGE", help=note)
+    note = "measure each page when it is added, or all of a section (default: %(default)s)"
+    orders = ("per-page", "per-section")
+    measure.add_argument("--order", choices=orders, default=orders[0], help=note)
+    note = "print each call that is measured, and SHA-384 of its bytes"
+    measure.add_argument("--log", action="store_true", help=note)
+    note = "96 hex digits to compare with; exit status 1 if MRTD is different"
+    measure.add_argument("--expect", type=_digest, metavar="HEX", help=note)
+    measure.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    measure.set_defaults(run=_measure)
+
+
 def _port(text: str) -> int:
     """A TCP port as the command line names it, 1..65535."""
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65535:
@@ -149,6 +169,13 @@ def _vcpus(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 256:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number of vCPUs from 1 to 256")
     return int(text)
+
+
+def _digest(text: str) -> str:
+    """An MRTD as the command line names it, in lower case."""
+    if len(text) != MRTD_DIGITS or not set(text) <= set(hexdigits):
+        raise argparse.ArgumentTypeError(f"{text!r}: give an MRTD, {MRTD_DIGITS} hex digits")
+    return text.lower()
 
 
 def _lab(options: argparse.Namespace) -> int:
@@ -215,6 +242,24 @@ def _demo(options: argparse.Namespace) -> int:
 
         demo_plot.save(life, options.plot)
     return demo.command(life, options.json, sys.stdout)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from tdxlab import measure
+
+    try:
+        with _progress("calls") as show:
+            return measure.command(
+                options.image,
+                options.order,
+                options.expect,
+                options.log,
+                options.json,
+                sys.stdout,
+                show,
+            )
+    except ValueError as mistake:
+        return _complain(str(mistake))
 
 
 def _bench(_options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from tdxlab import lab
 from tdxlab.cli import main
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-COMMANDS = ("lab", "demo", "replay", "explore", "bench", "doctor")
+COMMANDS = ("lab", "demo", "replay", "explore", "measure", "bench", "doctor")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,6 +54,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["lab", "--port", "http"], "'http'"),
         (["replay", "no/such/trace.json"], "no/such/trace.json"),
         (["replay", "pyproject.toml"], "pyproject.toml"),
+        (["measure"], "IMAGE"),
+        (["measure", "no/such/image.fd"], "no/such/image.fd"),
+        (["measure", "pyproject.toml"], "pyproject.toml"),
         (["explore"], "SCENARIO"),
         (["explore", "fly"], "same-page, fresh-region"),
         (["explore", "same-page", "--break", "fly"], "no-freeze, early-publish"),

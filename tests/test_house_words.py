@@ -38,7 +38,7 @@ def tracked_files() -> list[Path]:
 def test_tracked_files_name_no_registry_and_no_machine() -> None:
     texts = {}
     for path in tracked_files():
-        if path.is_file() and path.suffix not in (".gz", ".png"):
+        if path.is_file() and path.suffix not in (".gz", ".png", ".fd"):
             texts[path.relative_to(CHECKOUT)] = path.read_text(encoding="utf-8")
     assert Path("requirements.lock") in texts
     assert [found for name, text in texts.items() for found in complaints(str(name), text)] == []
