@@ -13,6 +13,7 @@ from tdxlab.guest import Guest
 from tdxlab.kvm.exits import KvmExit
 from tdxlab.kvm.params import KVM_X86_TDX_VM, VmConfig
 from tdxlab.kvm.tdx import Tdx, TdxVcpu, tdx_vm_init
+from tdxlab.kvm.tdx_batching import set_zap_batch
 from tdxlab.kvm.tdx_build import (
     KVM_TDX_MEASURE_MEMORY_REGION,
     MemRegion,
@@ -161,6 +162,15 @@ class Td(Gate):
         """KVM_RUN on the current LP."""
         assert isinstance(vcpu, TdxVcpu)
         return kvm_vcpu_ioctl_run(vcpu)
+
+    def zap_in_batches(self, pages: int) -> None:
+        """From now on KVM removes private pages up to `pages` (1..512) at a time, with one TLB
+        flush for all of them; 0: one by one, as at the beginning. Refuses other numbers:
+        ValueError.
+
+        Differs: no kernel offers this.
+        """
+        set_zap_batch(self.tdx, pages)
 
     def interrupt(self, vcpu: int | Vcpu = 0) -> None:
         """Inject an interrupt: a vCPU that waits for one goes on, one in the guest leaves it.

@@ -20,9 +20,10 @@ from tdxlab.guest import Access, MapGpa, Write
 from tdxlab.invariants import INVARIANTS, SCOPES, InvariantBroken, Scope, check, host_pages, mmu
 from tdxlab.invariants.picture import Picture
 from tdxlab.kvm import tdp_mmu, tdp_set, tdx_hooks, tdx_teardown
+from tdxlab.kvm.blocked import make_blocked_spte
 from tdxlab.kvm.locks import READ, WRITE
 from tdxlab.kvm.pages import HostPages
-from tdxlab.kvm.spte import FROZEN_SPTE, SHADOW_NONPRESENT_VALUE
+from tdxlab.kvm.spte import FROZEN_SPTE, SHADOW_NONPRESENT_VALUE, spte_to_pfn
 from tdxlab.kvm.tdp_iter import TdpIter, gfn_root_bits
 from tdxlab.kvm.vm import OUTSIDE_GUEST_MODE, Vm
 from tdxlab.machine import Machine
@@ -198,6 +199,14 @@ def leave_an_entry_frozen(bench: Bench) -> None:
     bench.put(FREE_GPA, FROZEN_SPTE)
 
 
+def block_an_entry_without_a_page(bench: Bench) -> None:
+    bench.put(FREE_GPA, make_blocked_spte(0x1234))
+
+
+def leave_an_entry_blocked(bench: Bench) -> None:
+    bench.put(PRIVATE, make_blocked_spte(spte_to_pfn(bench.spte(PRIVATE))))
+
+
 def forget_where_a_vcpu_is(bench: Bench) -> None:
     bench.enter()
     bench.vm.vcpus[0].mode = OUTSIDE_GUEST_MODE
@@ -230,6 +239,8 @@ DAMAGES: list[tuple[Callable[[Bench], None], int, str, str]] = [
     (keep_mmu_lock_for_write, 11, "locks of the host are free", "quiet"),
     (keep_tdx_lock, 11, "locks of the host are free", "quiet"),
     (leave_an_entry_frozen, 11, "nothing is frozen", "quiet"),
+    (leave_an_entry_blocked, 11, "nothing is frozen", "quiet"),
+    (block_an_entry_without_a_page, 1, "blocked pages are still in the sept", "always"),
     (forget_where_a_vcpu_is, 13, "vcpus inside can be kicked", "always"),
 ]
 
@@ -364,7 +375,7 @@ def _nothing(value: Any) -> Operation:
 def test_check_notices_a_kernel_that_does_not_remove(
     young: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tdx_hooks, "_tdx_sept_zap_private_spte", done(0))
+    monkeypatch.setattr(tdx_hooks, "tdx_sept_zap_private_spte", done(0))
     young.td.punch_hole(PRIVATE, 0x1000)
     assert "mirror leaves are sept leaves" in broken(young.machine)
 
@@ -372,7 +383,7 @@ def test_check_notices_a_kernel_that_does_not_remove(
 def test_check_notices_a_kernel_that_frees_what_it_could_not_remove(
     young: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tdx_hooks, "_tdx_sept_zap_private_spte", done(0))
+    monkeypatch.setattr(tdx_hooks, "tdx_sept_zap_private_spte", done(0))
     young.td.guest_memory.page_refs.drop(young.spte(PRIVATE) >> PAGE_SHIFT & (1 << 40) - 1)
     young.td.punch_hole(PRIVATE, 0x1000)
     assert "the module owns no free page" in broken(young.machine, "always")

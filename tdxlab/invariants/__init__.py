@@ -8,7 +8,8 @@ and asks all those whose scope is met. Scopes, each containing the ones before i
     alive    ... and the host's tables of a TD are the host's doing alone
 
     no  scope   what
-     1  alive   a mirror leaf is exactly one S-EPT leaf with the same page, and the reverse
+     1  alive   a mirror leaf is exactly one S-EPT leaf with the same page, and the reverse;
+                always: a mirror entry that is blocked still is one
      2  alive   a table that a mirror links is a table of the S-EPT, and the reverse
      3  always  a page that the S-EPT maps is owned as PT_REG, a table as PT_EPT; none is linked
                 twice, in one TD or two; and what a TD owns as such is in its S-EPT (until TEARDOWN)
@@ -23,7 +24,7 @@ and asks all those whose scope is met. Scopes, each containing the ones before i
                 that can be counted
      9  always  no shared GPA is in a mirror, no private GPA in a TD's direct root
     10  always  KeyIDs and life cycles of TDs fit each other; quiet: and the host's KeyIDs
-    11  quiet   locks are free, but for those of the vCPUs inside; no SPTE is frozen
+    11  quiet   locks are free, but for those of the vCPUs inside; no SPTE is frozen or blocked
     12  always  a page is represented at one level of the PAMT
     13  quiet   a vCPU is active if and only if it is inside one LP, the one it is associated with;
                 always: the host knows that it is there
@@ -99,6 +100,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant(5, "quiet", host_pages.pages_in_use_have_one_user),
     Invariant(5, "quiet", host_pages.host_pages_are_not_the_modules),
     Invariant(6, "always", host_pages.shared_translations_are_of_pages_in_use),
+    Invariant(1, "always", mmu.blocked_pages_are_still_in_the_sept),
     Invariant(8, "quiet", mmu.tables_are_counted_right),
     Invariant(8, "quiet", mmu.tables_are_known),
     Invariant(8, "quiet", mmu.roots_are_counted_right),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tdxlab.arch import ENTRIES_PER_TABLE, PAGE_SHIFT
+from tdxlab.kvm.blocked import is_blocked_spte
 from tdxlab.kvm.gmem import GuestMemfds
 from tdxlab.kvm.host import KvmHost
 from tdxlab.kvm.pages import NO_PAGE
@@ -47,6 +48,11 @@ class Entry(NamedTuple):
     def is_frozen(self) -> bool:
         """True while somebody changes it."""
         return self.spte == FROZEN_SPTE
+
+    @property
+    def is_blocked(self) -> bool:
+        """True between the blocking of its page and the removal."""
+        return is_blocked_spte(self.spte)
 
     @property
     def pfn(self) -> int:

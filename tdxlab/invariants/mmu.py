@@ -62,6 +62,18 @@ def mirror_tables_are_sept_tables(picture: Picture) -> Iterator[str]:
                 )
 
 
+def blocked_pages_are_still_in_the_sept(picture: Picture) -> Iterator[str]:
+    """1, while pages are removed in batches: what the mirror calls blocked, the S-EPT still has."""
+    for vm, _, td in _living_tds(picture):
+        blocked = [entry for entry in vm.mirror if entry.is_blocked]
+        if not blocked:
+            continue
+        leaves = {(x.gpa, x.sept_level): x.hpa for x in td.links if x.is_leaf}
+        for entry in blocked:
+            if leaves.get((entry.gfn << PAGE_SHIFT, entry.level - 1)) != entry.pfn << PAGE_SHIFT:
+                yield f"{entry} of {vm} is blocked, and the S-EPT does not have its page"
+
+
 def _hpa(hpa: int | None) -> str:
     return "none" if hpa is None or hpa < 0 else f"{hpa:#x}"
 
@@ -138,8 +150,10 @@ def _is_out(picture: Picture, entry: Entry) -> bool:
 
 
 def nothing_is_frozen(picture: Picture) -> Iterator[str]:
-    """11, KVM's share: nobody is changing an entry."""
+    """11, KVM's share: nobody is changing an entry, or removing its page."""
     for vm in picture.vms:
         for entry in vm.entries:
             if entry.is_frozen:
                 yield f"{entry} of {vm} is frozen"
+            elif entry.is_blocked:
+                yield f"{entry} of {vm} is blocked, and nobody removes its page"

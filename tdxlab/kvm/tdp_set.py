@@ -23,6 +23,7 @@ from errno import EBUSY
 from struct import pack
 
 from tdxlab.arch import ENTRIES_PER_TABLE, HPA_MASK, PAGE_SHIFT
+from tdxlab.kvm.blocked import is_blocked_spte
 from tdxlab.kvm.locks import WRITE
 from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.role import AD_DISABLED, Role
@@ -32,6 +33,7 @@ from tdxlab.kvm.spte import (
     MMU_WRITABLE_MASK,
     PT_PAGE_SIZE_MASK,
     PT_WRITABLE_MASK,
+    SHADOW_NONPRESENT_VALUE,
     SPTE_MMU_PRESENT_MASK,
     check_spte_writable_invariants,
     is_last_spte,
@@ -95,16 +97,19 @@ def set_external_spte_present(vm: Vm, it: TdpIter, new_spte: int) -> Doing:
     """`tdp_mmu_set_spte_atomic` in a mirror: install `new_spte`, and what it stands for in the
     external EPT.
 
-    Returns 0; -EBUSY if the entry changed meanwhile; what the hook returned if that failed: the old
-    value is back then. Clearing an entry ends the VM.
+    Returns 0; -EBUSY if the entry changed meanwhile, or its page is blocked; what the hook returned
+    if that failed: the old value is back then. Clearing an entry ends the VM.
     Source: set_external_spte_present.
     """
     old_spte, gfn, level, word = it.old_spte, it.gfn, it.level, it.word
     if not new_spte & SPTE_MMU_PRESENT_MASK:
         vm.bug("a mirror entry cannot be cleared under the shared lock")
         return -EBUSY
-    if old_spte & SPTE_MMU_PRESENT_MASK:
-        vm.bug("set_external_spte_present: the mirror entry is present already")
+    if old_spte != SHADOW_NONPRESENT_VALUE:
+        if is_blocked_spte(old_spte):
+            return -EBUSY
+        if old_spte & SPTE_MMU_PRESENT_MASK:
+            vm.bug("set_external_spte_present: the mirror entry is present already")
     yield ("cmpxchg FROZEN_SPTE", gfn, level, old_spte)
     words = vm.memory.words
     if words.view[word] != old_spte:
@@ -283,7 +288,11 @@ def _note_change(
 
 
 def _check_nonpresent_change(vm: Vm, old_spte: int, new_spte: int) -> None:
-    """Of entries that are not present, only MMIO ones change, and others are frozen."""
+    """Of entries that are not present, only MMIO ones change, blocked ones are emptied, and others
+    are frozen.
+    """
+    if is_blocked_spte(old_spte) and new_spte == SHADOW_NONPRESENT_VALUE:
+        return
     if not is_mmio_spte(vm, old_spte) and not is_mmio_spte(vm, new_spte):
         vm.warn(f"unexpected change of a non-present SPTE: {old_spte:#x} -> {new_spte:#x}")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from functools import partial
 
 from tdxlab.journal import Field, Fields, Journalled
-from tdxlab.kvm import tdx_hooks
+from tdxlab.kvm import tdx_batching, tdx_hooks
 from tdxlab.kvm.exits import KvmExit
 from tdxlab.kvm.external import Hook
 from tdxlab.kvm.host import Doing, KvmHost
@@ -107,6 +107,20 @@ class Tdx(Journalled):
     def free_external_spt(self, gfn: int, level: int, external_spt: int) -> Hook:
         """As `tdx_hooks.tdx_sept_free_private_spt`."""
         return tdx_hooks.tdx_sept_free_private_spt(self, gfn, level, external_spt)
+
+    # -- BatchedRemoval
+
+    def block_external_spte(self, gfn: int, level: int, pfn: int) -> Hook:
+        """As `tdx_batching.tdx_sept_block_private_spte`."""
+        return tdx_batching.tdx_sept_block_private_spte(self, gfn, level, pfn)
+
+    def flush_external_sptes(self) -> Doing:
+        """As `tdx_hooks.tdx_track`."""
+        return tdx_hooks.tdx_track(self)
+
+    def remove_blocked_external_spte(self, gfn: int, level: int, pfn: int) -> Hook:
+        """As `tdx_batching.tdx_sept_remove_blocked_spte`."""
+        return tdx_batching.tdx_sept_remove_blocked_spte(self, gfn, level, pfn)
 
     # -- Vendor
 

@@ -172,7 +172,8 @@ class Vm(Journalled):
     (name, values...); None while nobody listens. need_resched: asked by walkers whether to yield;
     None means never. is_mmio_pfn: says of a frame number whether it is a device's and not RAM.
     vendor: runs the vCPUs. kick_vcpus: interrupts those in the guest after a request for all; None
-    where nobody runs any. slots, attributes, dirty, guest_memory, user_memory: see their files.
+    where nobody runs any. zap_batch: mirror pages that are removed together; 0: one by one, without
+    blocked entries. slots, attributes, dirty, guest_memory, user_memory: see their files.
     """
 
     tdp_mmu_roots: Field[tuple[int, ...]] = Field(())
@@ -187,6 +188,7 @@ class Vm(Journalled):
     mmu_invalidate_range_end = Field(0)
     mmu_valid_gen = Field(0)
     vcpus: Field[tuple[Vcpu, ...]] = Field(())
+    zap_batch = Field(0)
 
     def __init__(
         self,

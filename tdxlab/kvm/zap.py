@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import NamedTuple
 
+from tdxlab.kvm.batching import zap_mirror_leafs_in_batches
 from tdxlab.kvm.invalidation import (
     kvm_mmu_invalidate_begin,
     kvm_mmu_invalidate_end,
@@ -106,8 +107,11 @@ def tdp_mmu_zap_leafs(
 
     flush: TLBs are to be flushed already. Returns whether they are now: leaves of an invalid root
     do not count, and if the lock was given up everything before was flushed then.
-    Source: tdp_mmu.c, tdp_mmu_zap_leafs.
+    Source: tdp_mmu.c, tdp_mmu_zap_leafs. Differs: a VM can be told to remove a mirror's pages in
+    batches.
     """
+    if vm.zap_batch and root.is_mirror:
+        return (yield from zap_mirror_leafs_in_batches(vm, root, start, end, can_yield, flush))
     assert vm.mmu_lock.held(WRITE)
     end = min(end, tdp_mmu_max_gfn_exclusive(vm))
     wanted = can_yield and is_lock_wanted(vm)

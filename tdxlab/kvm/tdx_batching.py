@@ -1,0 +1,61 @@
+"""The hooks of a TD that removes pages in batches; see `batching.py`.
+
+    block_external_spte             RANGE.BLOCK
+    flush_external_sptes            MEM.TRACK and a kick
+    remove_blocked_external_spte    PAGE.REMOVE, PAGE.WBINVD
+
+Together they do what `tdx_sept_remove_private_spte` does for each page, with the same BUSY
+protocol.
+Differs: Linux 6.16 has that one hook and no others.
+"""
+
+from __future__ import annotations
+
+from errno import EINVAL
+from typing import TYPE_CHECKING
+
+from tdxlab.kvm.external import Hook
+from tdxlab.kvm.tdx_hooks import (
+    leak_page,
+    tdx_sept_drop_private_spte,
+    tdx_sept_zap_private_spte,
+)
+
+if TYPE_CHECKING:
+    from tdxlab.kvm.tdx import Tdx
+
+#: Pages in a batch, at most: the entries of one table.
+MAX_BATCH = 512
+
+
+def tdx_sept_block_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
+    """Block a page. Returns 1; 0 if it was only premapped; -EINVAL or -EIO with the VM dead: then
+    the page is lost.
+    """
+    ret = -EINVAL
+    if tdx.is_hkid_assigned:
+        ret = yield from tdx_sept_zap_private_spte(tdx, gfn, level, pfn)
+    else:
+        tdx.vm.bug("a private page is blocked without a KeyID")
+    if ret < 0:
+        leak_page(tdx, pfn)
+    return ret
+
+
+def tdx_sept_remove_blocked_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
+    """Remove a page that is blocked and tracked. Returns 0, or -EIO with the VM dead: then the page
+    is lost.
+    """
+    ret = yield from tdx_sept_drop_private_spte(tdx, gfn, level, pfn)
+    if ret:
+        leak_page(tdx, pfn)
+    return ret
+
+
+def set_zap_batch(tdx: Tdx, pages: int) -> None:
+    """Let zaps of the VM's mirror remove up to `pages` pages at a time; 0: one by one, as Linux
+    6.16 does. Refuses more than 512, and fewer than 0: ValueError.
+    """
+    if not 0 <= pages <= MAX_BATCH:
+        raise ValueError(f"a batch of {pages} pages; choose 1..{MAX_BATCH}, or 0 for no batches")
+    tdx.vm.zap_batch = pages
