@@ -23,7 +23,7 @@ from tdxlab.arch import (
     level_size,
     table_index,
 )
-from tdxlab.journal import Journal, Table, Words
+from tdxlab.journal import Journal, Row, Table
 from tdxlab.memory import Memory
 from tdxlab.trace import Trace
 
@@ -106,8 +106,8 @@ class Cpu:
         self._trace = trace
         self._memory = memory
         #: by LP: HPA of the TDVPR of the vCPU inside, and of its TDR; 0 while the host runs
-        self.inside = Words(journal, self.count)
-        self._tdr_inside = Words(journal, self.count)
+        self.inside = Row(journal, self.count)
+        self._tdr_inside = Row(journal, self.count)
         #: one TLB for each LP: (EPT root, gfn) -> Translation
         self.tlbs = tuple(Table(journal) for _ in package_of)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tdxlab.journal import Journal, Words
+from tdxlab.journal import Journal, Row
 
 #: What is counted besides the SEAMCALLs, in the order of its words.
 HARDWARE_COUNTERS = (
@@ -47,7 +47,7 @@ class Trace:
     """What happened on one machine: counts, and on request every event."""
 
     def __init__(self, journal: Journal) -> None:
-        self.words = Words(journal, _HARDWARE + len(HARDWARE_COUNTERS) + 1)
+        self.words = Row(journal, _HARDWARE + len(HARDWARE_COUNTERS) + 1)
         self._events: list[Event] = []
         self._length = _HARDWARE + len(HARDWARE_COUNTERS)
         self.logging = False

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tdxlab.journal import Field, Fields, Journal, Journalled, Mark, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Journalled, Mark, Row, Table, Words
 from tdxlab.snapshots import Snapshots
 
 
@@ -278,3 +278,21 @@ def test_defaults_of_a_class_are_its_own_and_those_it_inherits() -> None:
     assert Louder.defaults == {"count": 5, "names": (), "volume": 9}
     assert Counter.defaults == {"count": 3, "names": ()}
     assert Louder(Journal()).count == 5
+
+
+def test_row_is_taken_back_by_a_rewind_and_counts_for_the_digest():
+    journal = Journal()
+    row = Row(journal, 3)
+    before = journal.digest()
+    row.put(0, 7)
+    assert journal.digest() != before
+    mark = journal.mark()
+    row.put(0, 8)
+    row.cells[2] = 9
+    assert row.view == [8, 0, 9]
+    assert len(journal) == 2
+    journal.rewind(mark)
+    assert row.view == [7, 0, 0]
+    journal.release(mark)
+    row.put(1, 1)
+    assert (row.view, len(journal)) == ([7, 1, 0], 0)

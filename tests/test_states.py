@@ -2,7 +2,7 @@
 
 import pytest
 
-from tdxlab.journal import Field, Fields, Journal, Journalled, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Journalled, Row, Table, Words
 from tdxlab.kvm.locks import READ, MmuLock
 from tdxlab.states import Differences, States
 from tdxlab.steps import run
@@ -15,6 +15,7 @@ class Bench(Journalled):
         self.journal = Journal()
         self.fields = Fields(self.journal, self)
         self.words = Words(self.journal, 1024)
+        self.row = Row(self.journal, 2)
         self.table = Table(self.journal)
         self.lock = MmuLock(self.journal)
 
@@ -28,18 +29,25 @@ def look(states: States) -> Differences:
     return states.update({}, states.base)[0]
 
 
-def test_update_sees_words_pages_tables_and_fields(bench: Bench) -> None:
+def test_update_sees_words_pages_rows_tables_and_fields(bench: Bench) -> None:
     states = States(bench.journal)
     seen = {states.state(look(states))}
     bench.words.put(5, 1)
     seen.add(states.state(look(states)))
     bench.words.fill(512, bytes([7]) * 4096)
     seen.add(states.state(look(states)))
+    bench.row.put(1, 4)
+    seen.add(states.state(look(states)))
     bench.table.put("key", 1)
     seen.add(states.state(look(states)))
     bench.count = 3
     seen.add(states.state(look(states)))
-    assert len(seen) == 5
+    assert len(seen) == 6
+    bench.row.put(1, 0)
+    bench.count = 0
+    bench.table.drop("key")
+    bench.words.fill(0, bytes(8192))
+    assert look(states) == {}
 
 
 def test_update_forgets_what_is_again_as_at_the_base(bench: Bench) -> None:

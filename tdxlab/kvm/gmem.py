@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from errno import EBADF, EEXIST, EFAULT, EINTR, EINVAL, EIO, ENOMEM, EOPNOTSUPP
-from typing import NamedTuple
 
-from tdxlab.arch import PAGE_OFFSET_MASK, PAGE_SHIFT
+from tdxlab.arch import PAGE_OFFSET_MASK, PAGE_SHIFT, WORDS_PER_PAGE
 from tdxlab.journal import Field, Fields, Journalled, Table
+from tdxlab.kvm.folios import FOLIO_HPA, IN_USE, POISONED, PREPARED, Folio, Folios, as_folio
 from tdxlab.kvm.invalidation import kvm_mmu_invalidate_begin, kvm_mmu_invalidate_end
 from tdxlab.kvm.locks import WRITE
 from tdxlab.kvm.notifier import handle_ranges, kvm_mmu_unmap_gfn_range
@@ -47,14 +47,6 @@ PostPopulate = Callable[[int, int, int], Doing]
 _EVERYTHING = 1 << 52
 
 
-class Folio(NamedTuple):
-    """One page of a file. prepared: the guest may have it as it is. poisoned: its memory failed."""
-
-    pfn: int
-    prepared: bool = False
-    poisoned: bool = False
-
-
 class GuestMemfds(Journalled):
     """The guest_memfd files of one VM. A file's number is given when it is created.
 
@@ -72,8 +64,7 @@ class GuestMemfds(Journalled):
         self._sizes = Table(vm.journal)
         #: file -> slots that it backs, ascending in the file
         self._bindings = Table(vm.journal)
-        #: (file, index) -> Folio
-        self._folios = Table(vm.journal)
+        self._folios = Folios(vm.journal, len(vm.memory.words) // WORDS_PER_PAGE)
         self.orphans = Table(vm.journal)
         #: file -> None: somebody holds its invalidate lock
         self._locked = Table(vm.journal)
@@ -103,16 +94,17 @@ class GuestMemfds(Journalled):
 
     def folio(self, gmem: int, index: int) -> Folio | None:
         """What the file has at page `index` now; nothing is allocated."""
-        found: Folio | None = self._folios.get((gmem, index))
-        return found
+        word = self._folios.get(gmem, index)
+        return as_folio(word) if word else None
 
     def pages(self, gmem: int) -> dict[int, Folio]:
         """Page of the file -> Folio, for all pages that it has."""
-        return {index: folio for (file, index), folio in self._folios.items() if file == gmem}
+        return {index: as_folio(word) for index, word in self._folios.pages(gmem, 0, _EVERYTHING)}
 
     def owned(self) -> list[int]:
         """Frame numbers of all pages that are out for files, or still referenced by a back end."""
-        return [*(folio.pfn for folio in self._folios.values()), *self.orphans]
+        pfns = ((word & FOLIO_HPA) >> PAGE_SHIFT for word in self._folios.all())
+        return [*pfns, *self.orphans]
 
     # -- slots
 
@@ -155,14 +147,13 @@ class GuestMemfds(Journalled):
         -EFAULT: the file is released; -EIO: no slot is bound there; -ENOMEM; -EHWPOISON.
         Source: kvm_gmem_get_pfn, kvm_gmem_prepare_folio.
         """
-        found = self._get_folio(gmem, index, prepared=True)
-        if isinstance(found, int):
-            return found
-        pfn, prepared, _ = found
-        if not prepared:
-            self.vm.memory.write_page(pfn << PAGE_SHIFT, ZERO_PAGE, 0)
-            self._mark_prepared(gmem, index)
-        return pfn
+        word = self._lookup(gmem, index) or self._new_folio()
+        if word < 0:
+            return word
+        if not word & PREPARED:
+            self.vm.memory.write_page(word & FOLIO_HPA, ZERO_PAGE, 0)
+            self._folios.put(gmem, index, word | PREPARED)
+        return (word & FOLIO_HPA) >> PAGE_SHIFT
 
     def get_page(self, pfn: int) -> None:
         """Hold a reference to a page: it is not freed before `put_page`."""
@@ -220,16 +211,17 @@ class GuestMemfds(Journalled):
     def _populate_one(self, slot: Slot, gfn: int, number: int, fill: PostPopulate) -> Doing:
         """One page of `populate`; returns 0 or -errno."""
         index = slot.gfn_to_gmem_index(gfn)
-        found = self._get_folio(slot.gmem, index)
-        if isinstance(found, int):
-            return found
-        if found.prepared:
+        word = self._lookup(slot.gmem, index) or self._new_folio()
+        if word < 0:
+            return word
+        if word & PREPARED:
             return -EEXIST
+        self._folios.put(slot.gmem, index, word)
         if not self.vm.attributes.is_private(gfn):
             return -EINVAL
-        ret = yield from fill(gfn, found.pfn, number)
+        ret = yield from fill(gfn, as_folio(word).pfn, number)
         if not ret:
-            self._mark_prepared(slot.gmem, index)
+            self._folios.put(slot.gmem, index, word | PREPARED)
         return ret
 
     # -- taking pages away
@@ -291,10 +283,10 @@ class GuestMemfds(Journalled):
         """The memory of a page has failed: unmap it. It stays in the file, and a fault on it gives
         -EHWPOISON. Returns MF_DELAYED. Source: kvm_gmem_error_folio; mm/memory-failure.c.
         """
-        found = self.folio(gmem, index)
-        if found is None:
+        word = self._folios.get(gmem, index)
+        if not word:
             raise ValueError(f"file {gmem} has no page {index}; only a page in use can fail")
-        self._folios.put((gmem, index), found._replace(poisoned=True))
+        self._folios.put(gmem, index, word | POISONED)
         yield from self._lock(gmem)
         try:
             yield from self._invalidate_begin(gmem, index, index + 1)
@@ -322,63 +314,47 @@ class GuestMemfds(Journalled):
 
     # -- folios
 
-    def _get_folio(self, gmem: int, index: int, *, prepared: bool = False) -> Folio | int:
-        """The page, allocated (and zeroed if it is to be `prepared`) if it is new; -errno if a slot
-        may not have it.
+    def _lookup(self, gmem: int, index: int) -> int:
+        """The FolioWord of a page, 0 if the file has no such page yet; -errno if a fault may not
+        have it.
 
         Source: __kvm_gmem_get_pfn, kvm_gmem_get_folio.
         """
-        if gmem not in self._sizes:
+        bound = self._bindings.get(gmem)
+        if bound is None:
             return -EFAULT
-        if not self._is_bound(gmem, index):
+        for slot in bound:
+            if 0 <= index - slot.gmem_pgoff < slot.npages:
+                break
+        else:
             self.vm.warn(f"__kvm_gmem_get_pfn: no slot is bound to page {index} of file {gmem}")
             return -EIO
-        found: Folio | None = self._folios.get((gmem, index))
-        if found is None:
-            return self._add_folio(gmem, index, prepared) or -ENOMEM
-        return -EHWPOISON if found.poisoned else found
+        word = self._folios.get(gmem, index)
+        return -EHWPOISON if word & POISONED else word
 
-    def _is_bound(self, gmem: int, index: int) -> bool:
-        """True if a slot has page `index` of an open file."""
-        bound = False
-        for slot in self._bindings[gmem]:
-            bound = bound or 0 <= index - slot.gmem_pgoff < slot.npages
-        return bound
-
-    def _add_folio(self, gmem: int, index: int, prepared: bool = False) -> Folio | None:
+    def _new_folio(self) -> int:
+        """The FolioWord of a page that is in no file yet, -ENOMEM without one."""
         hpa = self.vm.pages.alloc_page("guest_memfd")
-        if hpa == NO_PAGE:
-            return None
-        if prepared:
-            self.vm.memory.write_page(hpa, ZERO_PAGE, 0)
-        folio = Folio(hpa >> PAGE_SHIFT, prepared)
-        self._folios.put((gmem, index), folio)
-        return folio
-
-    def _mark_prepared(self, gmem: int, index: int) -> None:
-        folio = self._folios[gmem, index]
-        self._folios.put((gmem, index), folio._replace(prepared=True))
+        return -ENOMEM if hpa == NO_PAGE else hpa | IN_USE
 
     def _allocate(self, gmem: int, start: int, end: int) -> Doing:
         """Have pages for [start, end) without preparing them; up to the end of the file."""
         yield from self._lock(gmem)
         try:
             for index in range(start, min(end, self.size(gmem))):
-                if not (self.folio(gmem, index) or self._add_folio(gmem, index)):
-                    return -ENOMEM
+                word = self._folios.get(gmem, index) or self._new_folio()
+                if word < 0:
+                    return word
+                self._folios.put(gmem, index, word)
         finally:
             self._unlock(gmem)
         return 0
 
     def _truncate(self, gmem: int, start: int, end: int) -> None:
         """Take the pages in [start, end) out of the file, and free those without references."""
-        if end - start < len(self._folios):
-            keys = [(gmem, index) for index in range(start, end) if (gmem, index) in self._folios]
-        else:
-            keys = sorted(key for key in self._folios if key[0] == gmem and start <= key[1] < end)
-        for key in keys:
-            folio = self._folios[key]
-            self._folios.drop(key)
+        for index, word in list(self._folios.pages(gmem, start, end)):
+            folio = as_folio(word)
+            self._folios.put(gmem, index, 0)
             if folio.pfn in self.page_refs:
                 self.orphans.put(folio.pfn, folio.poisoned)
             else:

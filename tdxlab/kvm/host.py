@@ -17,7 +17,7 @@ from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.cpu import Cpu
 from tdxlab.hardware import Platform, Region
-from tdxlab.journal import Field, Fields, Journal, Journalled, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Journalled, Row, Table
 from tdxlab.kvm.locks import Mutex
 from tdxlab.kvm.pages import HostPages
 from tdxlab.kvm.params import MmuParams
@@ -123,7 +123,7 @@ class KvmHost(Journalled):
         self.ipis = Table(self.journal)
         self.associated = Table(self.journal)
         self.tdx_lock = Mutex(self.journal, "tdx_lock")
-        self.counters = Words(self.journal, len(HOST_COUNTERS))
+        self.counters = Row(self.journal, len(HOST_COUNTERS))
         self.running = _Running()
 
     # -- counting

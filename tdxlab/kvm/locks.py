@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from tdxlab.journal import Field, Fields, Journal, Journalled, Words
+from tdxlab.journal import Field, Fields, Journal, Journalled, Row
 from tdxlab.steps import WAIT, Step
 
 READ = "read"
@@ -37,7 +37,7 @@ class MmuLock(Journalled):
 
     def __init__(self, journal: Journal) -> None:
         self.fields = Fields(journal, self)
-        self._holders = Words(journal, 2)  # readers; 1 if written
+        self._holders = Row(journal, 2)  # readers; 1 if written
 
     @property
     def readers(self) -> int:

@@ -13,7 +13,7 @@ from typing import Protocol
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
 from tdxlab.bits import MASK64
 from tdxlab.hardware import Region
-from tdxlab.journal import Field, Fields, Journal, Journalled, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Journalled, Row, Table, Words
 
 #: What `alloc_page` returns when there is no page, which is -ENOMEM for its caller.
 NO_PAGE = -1
@@ -63,7 +63,7 @@ class HostPages(Journalled):
         #: by pfn, of returned pages: HPA of the one returned before it
         self._link = Words(journal, pfns, sparse=True)
         #: pages that are out; bytes of the present region that were handed out
-        self._counts = Words(journal, 2)
+        self._counts = Row(journal, 2)
         #: names of uses by number; only ever grows, so that a number means the same after a rewind
         self._names = [""]
         self._numbers: dict[str, int] = {}

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tdxlab.arch import ENTRIES_PER_TABLE, PAGE_SHIFT
-from tdxlab.journal import Field, Fields, Journal, Journalled, Table, Words
+from tdxlab.journal import Field, Fields, Journal, Journalled, Row, Table
 from tdxlab.kvm.attributes import MemAttributes
 from tdxlab.kvm.dirty_log import DirtyLog
 from tdxlab.kvm.external import ExternalOps
@@ -133,7 +133,7 @@ class Vcpu(Journalled):
         self.vcpu_id = vcpu_id
         self.fields = Fields(vm.journal, self)
         self.root_role = tdp_root_role(vm.config.root_level, ad_bits=vm.params.ad_bits)
-        self._stats = Words(vm.journal, len(VCPU_STATS))
+        self._stats = Row(vm.journal, len(VCPU_STATS))
 
     def __repr__(self) -> str:
         return f"vCPU {self.vcpu_id} of {self.vm!r}"
@@ -220,7 +220,7 @@ class Vm(Journalled):
         self.listener: Callable[[tuple[Any, ...]], None] | None = None
         self.need_resched: Callable[[], bool] | None = None
         self.is_mmio_pfn: Callable[[int], bool] = lambda pfn: False
-        self._stats = Words(journal, len(VM_STATS))
+        self._stats = Row(journal, len(VM_STATS))
         self._rcu_pending = Table(journal)
         self.vendor: Vendor = PlainVendor()
         self.dirty = DirtyLog(journal)
