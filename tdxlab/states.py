@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
-from tdxlab.journal import ABSENT, Change, Journal, Mark, Words
+from tdxlab.journal import ABSENT, Change, Journal, Mark, Row, Words
 
 #: Bytes of words that count as one place.
 CHUNK = 256
@@ -28,9 +28,11 @@ def containers_of(thing: object) -> frozenset[int]:
         return frozenset((id(thing.view.obj),))
     if isinstance(thing, dict):
         return frozenset((id(thing),))
+    if isinstance(thing, Row):
+        return frozenset((id(thing.view),))
     own = vars(thing)
-    words = (id(value.view.obj) for value in own.values() if isinstance(value, Words))
-    return frozenset((id(own), *words))
+    stores = (value for value in own.values() if isinstance(value, Words | Row))
+    return frozenset((id(own), *(i for store in stores for i in containers_of(store))))
 
 
 class States:
@@ -50,7 +52,7 @@ class States:
         self._locks = frozenset(i for thing in locks for i in containers_of(thing))
         self._numbers: dict[Hashable, int] = {}
         self._at_base: dict[Place, Hashable] = {}
-        #: containers met so far, by identity: words as bytes, and dicts
+        #: containers met so far, by identity: words as bytes, dicts and lists
         self._bytes: dict[int, memoryview[int]] = {}
         self._tables: dict[int, Any] = {}
 
@@ -117,8 +119,9 @@ class States:
         if container in self._bytes:
             assert isinstance(key, int)
             return bytes(self._bytes[container][key * CHUNK : (key + 1) * CHUNK])
-        found: Hashable = _as_value(self._tables[container].get(key, ABSENT))
-        return found
+        table: Any = self._tables[container]
+        found: Any = table.get(key, ABSENT) if isinstance(table, dict) else table[key]
+        return _as_value(found)
 
     def _base_value(self, place: Place) -> Hashable:
         """What a place held at the base."""
@@ -147,7 +150,7 @@ class States:
 
 
 def _entry_before(place: Place, changes: list[Change]) -> Hashable:
-    """The entry of a dict as it was before all `changes`, one of which touched it."""
+    """The entry of a dict or list as it was before all `changes`, one of which touched it."""
     container, wanted = place
     old = next(old for target, key, old in changes if id(target) == container and key == wanted)
     return _as_value(old)
