@@ -126,6 +126,7 @@ def test_parse_takes_data_up_to_the_last_byte_and_memory_up_to_the_next_section(
         (patched(FOREIGN_LENGTH, "<H", 17), f"entry before byte {TABLE_LENGTH:#x} does not fit"),
         (patched(FOREIGN_LENGTH, "<H", 43), f"entry before byte {TABLE_LENGTH:#x} does not fit"),
         (patched(TABLE_LENGTH, "<H", 30), f"entry before byte {TABLE_LENGTH:#x} does not fit"),
+        (bytes(5) + struct.pack("<H16s", 23, FOOTER) + bytes(32), "entry before byte 0x5 does not"),
         (patched(TABLE_LENGTH, "<H", 38), f"no entry {tdvf.METADATA_OFFSET}"),
         (patched(OFFSET_LENGTH + 2, "<Q", 0), f"no entry {tdvf.METADATA_OFFSET}"),
         (patched(OFFSET_LENGTH, "<H", 20), "has 2 bytes; 4 are right"),
