@@ -166,6 +166,17 @@ def test_set_gpaw_refuses_a_notebook_that_cannot_be_varied() -> None:
         set_gpaw(book, 52)
 
 
+def test_notebooks_in_gives_the_file_itself_and_a_folder_without_checkpoints(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    files = [tmp_path / name for name in ("a.ipynb", ".ipynb_checkpoints/a.ipynb", "b.ipynb")]
+    for file in files:
+        file.touch()
+    assert notebooks_in(tmp_path) == [files[0], files[2]]
+    assert notebooks_in(files[2]) == [files[2]]
+
+
 def test_execute_gives_reproducible_notebooks(tmp_path: Path) -> None:
     first, second = good_book(), good_book()
     second.metadata.language_info = {"name": "python", "version": "3.0"}

@@ -1,6 +1,6 @@
 """Execute notebooks from a fresh kernel, top to bottom, and save them with their outputs.
 
-`python -m tools.execute_notebooks notebooks` does it for a folder. What is saved depends on nothing
+`python -m tools.execute_notebooks notebooks` does it for a folder, or for single files. What is saved depends on nothing
 but the sources: cell ids stay, execution counts run from 1 to N, and neither timings nor widget
 state nor the Python version are kept.
 """
@@ -20,7 +20,9 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def notebooks_in(folder: Path) -> list[Path]:
-    """Every notebook below `folder`, sorted, checkpoints left out."""
+    """Every notebook below `folder`, sorted, checkpoints left out; a file is itself."""
+    if folder.is_file():
+        return [folder]
     return sorted(
         path for path in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
     )
@@ -78,8 +80,8 @@ def set_gpaw(book: NotebookNode, gpaw: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Execute and save every notebook in the folders that `arguments` name."""
-    for path in [path for folder in arguments for path in notebooks_in(Path(folder))]:
+    """Execute and save every notebook in the folders, and every file, that `arguments` name."""
+    for path in [path for name in arguments for path in notebooks_in(Path(name))]:
         print(path)
         book = execute(read(path), path.parent)
         nbformat.validate(book)
