@@ -134,7 +134,7 @@ class Memory:
         self._trace = trace
         pages = sum(region.size for region in self.ram) >> PAGE_SHIFT
         self.words = Words(journal, pages * WORDS_PER_PAGE, sparse=True)
-        #: pfn -> index of the first word of the page's frame
+        #: HPA of a page -> index of the first word of its frame
         self.frames = Table(journal)
         pfns = max(region.end for region in self.ram) >> PAGE_SHIFT
         self._tags = Words(journal, pfns, typecode="H", sparse=True)
@@ -174,21 +174,20 @@ class Memory:
 
     def frame(self, hpa: int) -> int:
         """Word index of the frame of the page at `hpa`; a page without one gets a zeroed frame."""
-        pfn = hpa >> PAGE_SHIFT
-        base = self.frames.get(pfn)
+        page = hpa & HPA_MASK
+        base = self.frames.get(page)
         if base is None:
             base = self._cursor.view[0]
             self._cursor.put(0, base + WORDS_PER_PAGE)
             self.words.extent = max(self.words.extent, base + WORDS_PER_PAGE)
-            self.frames.put(pfn, base)
+            self.frames.put(page, base)
         return int(base)
 
     def write_page(self, hpa: int, content: bytes, keyid: int) -> None:
         """Overwrite the page at `hpa` with 4096 bytes under `keyid`: 64 whole-line stores."""
-        pfn = hpa >> PAGE_SHIFT
-        if content is not ZERO_PAGE or pfn in self.frames:
+        if content is not ZERO_PAGE or hpa in self.frames:
             self.words.fill(self.frame(hpa), content)
-        self._tag_page(pfn, keyid)
+        self._tag_page(hpa >> PAGE_SHIFT, keyid)
 
     def clear_page(self, hpa: int, keyid: int = 0) -> None:
         """Zero the page at `hpa` with 64 MOVDIR64B stores under `keyid`; clears poison."""
@@ -197,7 +196,7 @@ class Memory:
 
     def page(self, hpa: int) -> bytes:
         """The 4096 bytes stored in the page, whatever their key: for tables, dumps and tests."""
-        base = self.frames.get(hpa >> PAGE_SHIFT)
+        base = self.frames.get(hpa & HPA_MASK)
         return ZERO_PAGE if base is None else self.words.read(base, WORDS_PER_PAGE)
 
     # -- reads and writes as a bus agent sees them
@@ -283,7 +282,7 @@ class Memory:
         self._mixed.put(pfn, tuple(tags))
 
     def _stored(self, line: int) -> bytes:
-        base = self.frames.get(line >> PAGE_SHIFT)
+        base = self.frames.get(line & HPA_MASK)
         if base is None:
             return ZERO_PAGE[:LINE_SIZE]
         return self.words.read(base + ((line & PAGE_OFFSET_MASK) >> 3), LINE_SIZE >> 3)
@@ -291,7 +290,7 @@ class Memory:
     def ciphertext(self, line: int) -> bytes:
         """The 64 bytes that the memory holds for the line at `line`."""
         key, data = self.tag(line) & KEY, self._stored(line)
-        return self.cipher.encipher(line, key, data) if key else data
+        return self.cipher.encipher(line, key, data) if key and self.encrypted else data
 
     def put_line(self, line: int, data: bytes, tag: int) -> None:
         """Give the line at `line` a content and a tag, past every check."""
