@@ -1,8 +1,8 @@
 """Execute notebooks from a fresh kernel, top to bottom, and save them with their outputs.
 
-`python -m tools.execute_notebooks notebooks` does it for a folder, or for single files. What is saved depends on nothing
-but the sources: cell ids stay, execution counts run from 1 to N, and neither timings nor widget
-state nor the Python version are kept.
+`python -m tools.execute_notebooks notebooks` does it for a folder; single files may be named too.
+What is saved depends on nothing but the sources: cell ids stay, execution counts run from 1 to N,
+and neither timings nor widget state nor the Python version are kept.
 """
 
 from __future__ import annotations
