@@ -1,4 +1,4 @@
-"""The command `tdxlab`: lab, demo, replay, explore, measure, bench, doctor.
+"""The command `tdxlab`: lab, demo, replay, explore, attack, measure, bench, doctor.
 
 Every command imports what it needs when it runs, so that `tdxlab --help` answers at once. A mistake
 at the keyboard is one line on stderr and exit status 2, never a traceback.
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_replay(commands)
     _add_explore(commands)
+    _add_attack(commands)
     _add_measure(commands)
     for name, run, text in (
         ("bench", _bench, "measure the model's speed, as ratios to a plain-Python baseline"),
@@ -142,6 +143,19 @@ def _add_measure(commands: argparse._SubParsersAction[_Parser]) -> None:
     measure.set_defaults(run=_measure)
 
 
+def _add_attack(commands: argparse._SubParsersAction[_Parser]) -> None:
+    text = "let a hostile host try something, and say what stops it, if anything does"
+    attack = commands.add_parser("attack", help=text, description=text)
+    note = "what is tried, such as read-private, or all (the default); other words print them"
+    attack.add_argument("name", nargs="?", default="all", metavar="NAME", help=note)
+    note = "width of guest addresses, 48 or 52; default: %(default)s"
+    attack.add_argument("--gpaw", type=int, choices=(48, 52), default=48, help=note)
+    note = "what the machine or the guest lacks, such as MACs; any other word prints them all"
+    attack.add_argument("--without", default="nothing", metavar="WHAT", help=note)
+    attack.add_argument("--json", action="store_true", help="print JSON, not text")
+    attack.set_defaults(run=_attack)
+
+
 def _port(text: str) -> int:
     """A TCP port as the command line names it, 1..65535."""
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65535:
@@ -208,6 +222,25 @@ def _explore(options: argparse.Namespace) -> int:
                 options.json,
                 sys.stdout,
                 lambda states, _moves: show(states, 0),
+            )
+    except ValueError as mistake:
+        return _complain(str(mistake))
+
+
+def _attack(options: argparse.Namespace) -> int:
+    from tdxlab.attacks import command
+    from tdxlab.study.aes_xts import AesXts
+
+    try:
+        with _progress("attacks") as progress:
+            return command.command(
+                options.name,
+                options.gpaw,
+                options.json,
+                sys.stdout,
+                lacks=options.without,
+                cipher=AesXts(),
+                progress=progress,
             )
     except ValueError as mistake:
         return _complain(str(mistake))
