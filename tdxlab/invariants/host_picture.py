@@ -81,7 +81,7 @@ class VmPicture:
     def _look(self, spt: int, level: int, gfn: int, is_mirror: bool) -> None:
         """Note what stands in the table at `spt`, whose first entry is for `gfn`, and below it."""
         memory = self.vm.memory
-        start = memory.frames.get(spt >> PAGE_SHIFT)
+        start = memory.frames.get(spt)
         if start is None:
             return
         shift = 9 * (level - 1)

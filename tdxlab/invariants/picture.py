@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tdxlab.arch import HPA_MASK, PAGE_SHIFT, shared_bit
+from tdxlab.arch import HPA_MASK, shared_bit
 from tdxlab.bare import BareMachine
 from tdxlab.invariants.host_picture import HostPicture, VmPicture
 from tdxlab.machine import Machine
@@ -48,7 +48,7 @@ class TdPicture:
     def __init__(self, machine: BareMachine, tdr: int) -> None:
         self._view = machine.memory.words.view
         self.tdr = tdr
-        self._page = machine.memory.frames[tdr >> PAGE_SHIFT]
+        self._page = machine.memory.frames[tdr]
         self.lifecycle = self.tdr_field(Tdr.LIFECYCLE)
         self.hkid = self.tdr_field(Tdr.HKID)
         #: frame of the first TDCS page; None before something is in it, and in TEARDOWN
@@ -58,7 +58,7 @@ class TdPicture:
         tdcx = self.tdr_field(Tdr.NUM_TDCX)
         if self.lifecycle == TD_TEARDOWN or not tdcx:
             return
-        self.tdcs = machine.memory.frames.get(self._tdcx(machine, 0) >> PAGE_SHIFT)
+        self.tdcs = machine.memory.frames.get(self._tdcx(machine, 0))
         if self.tdcs is None:
             return
         eptp = self.tdcs_field(Tdcs.EPTP)
@@ -164,7 +164,7 @@ class Picture:
 
 
 def _vcpu(machine: BareMachine, row: PamtEntry) -> VcpuPicture:
-    page, view = machine.memory.frames[row.hpa >> PAGE_SHIFT], machine.memory.words.view
+    page, view = machine.memory.frames[row.hpa], machine.memory.words.view
     fields = (Tdvps.STATE, Tdvps.ASSOC_LPID, Tdvps.VCPU_EPOCH, Tdvps.NUM_PAGES)
     return VcpuPicture(row.hpa, row.owner, *(view[page + word] for word in fields))
 

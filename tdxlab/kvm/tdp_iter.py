@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 
-from tdxlab.arch import ENTRIES_PER_TABLE, HPA_MASK, LEVEL_BITS, PAGE_SHIFT
+from tdxlab.arch import ENTRIES_PER_TABLE, HPA_MASK, LEVEL_BITS
 from tdxlab.kvm.role import IS_MIRROR, LEVEL_MASK, Role
 from tdxlab.kvm.spte import PT_PAGE_SIZE_MASK, SPTE_MMU_PRESENT_MASK
 from tdxlab.kvm.vm import MmuPage, Vm
@@ -91,11 +91,11 @@ class TdpIter:
         place, word = gfn | self.gfn_bits, self.word
         shift, last = LEVEL_BITS * (self.level - 1), LEVEL_BITS * (goal - 1)
         if word < 0:
-            word = frames[self.root.spt >> PAGE_SHIFT] + (place >> shift & _LAST)
+            word = frames[self.root.spt] + (place >> shift & _LAST)
         spte = view[word]
         while shift != last and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
             shift -= LEVEL_BITS
-            word = frames[(spte & HPA_MASK) >> PAGE_SHIFT] + (place >> shift & _LAST)
+            word = frames[spte & HPA_MASK] + (place >> shift & _LAST)
             spte = view[word]
         self.gfn, self.word, self.old_spte = gfn >> shift << shift, word, spte
         self.level = shift // LEVEL_BITS + 1
@@ -111,7 +111,7 @@ class TdpIter:
         lowest = self.min_level if self.min_level <= root_level else 1
         goal = self.next_last_level_gfn
         table = [0] * (root_level + 1)  # word index of the table at each level
-        table[root_level] = base = frames[self.root.spt >> PAGE_SHIFT]
+        table[root_level] = base = frames[self.root.spt]
         restart = self.valid
         while restart:
             restart = self.yielded = False
@@ -132,7 +132,7 @@ class TdpIter:
                 if level != lowest and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
                     level -= 1
                     shift -= LEVEL_BITS
-                    table[level] = base = frames[(spte & HPA_MASK) >> PAGE_SHIFT]
+                    table[level] = base = frames[spte & HPA_MASK]
                     gfn = goal >> shift << shift
                     word = base + ((gfn | gfn_bits) >> shift & _LAST)
                     continue

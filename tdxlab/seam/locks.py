@@ -26,6 +26,8 @@ _PLAIN_READER = 2
 
 #: Indices of the PAMT entries of one page: 1G, 2M, 4K.
 Path = tuple[int, int, int]
+#: What `try_path_hp` returns where it did nothing.
+IN_THE_WAY = -1
 
 
 def try_shared_hp(words: Words, index: int) -> bool:
@@ -64,24 +66,25 @@ def try_promote_hp(words: Words, index: int) -> bool:
     return True
 
 
-def try_path_hp(words: Words, path: Path, exclusive: bool) -> bool:
+def try_path_hp(words: Words, path: Path, exclusive: bool) -> int:
     """Take the three PAMT entries of one page at once: its 1G and 2M parents shared, its own as
-    asked.
+    asked. Returns what its own entry was.
 
-    Only where nothing is in the way, which is nearly always; else nothing is touched and the caller
-    takes them one by one. In the way are a parent that is not PT_NDA, and any sign of contention.
+    Only where nothing is in the way, which is nearly always; else it returns IN_THE_WAY, nothing is
+    touched and the caller takes them one by one. In the way are a parent that is not PT_NDA, and
+    any sign of contention.
     """
     entry_1g, entry_2m, entry = path
     view = words.view
     word_1g, word_2m, word = view[entry_1g], view[entry_2m], view[entry]
     contended = LOCK_MASK if exclusive else _CONTENDED
     if (word_1g | word_2m) & _PARENT_IN_THE_WAY or word & contended:
-        return False
+        return IN_THE_WAY
     cells = words.cells
     cells[entry_1g] = word_1g + _HP_READER
     cells[entry_2m] = word_2m + _HP_READER
     cells[entry] = word + (EXCLUSIVE if exclusive else _HP_READER)
-    return True
+    return word
 
 
 def release_path_shared_hp(words: Words, path: Path) -> None:

@@ -21,7 +21,7 @@ from tdxlab.abi.status import (
 from tdxlab.arch import PA_LIMIT
 from tdxlab.seam.call import Call, Refused
 from tdxlab.seam.locks import (
-    Path,
+    IN_THE_WAY,
     release_exclusive_hp,
     release_path_exclusive_hp,
     release_path_shared_hp,
@@ -53,29 +53,16 @@ def walk_pamt(call: Call, hpa: int, operand: int, exclusive: bool) -> tuple[int,
     if hpa & module.not_an_hpa:
         raise Refused(TDX_OPERAND_INVALID + operand)
     pamt = module.pamt
-    block = pamt.blocks.get(hpa >> 30)
-    if block is None:
+    if hpa >> 30 not in pamt.blocks:
         raise Refused(TDX_OPERAND_ADDR_RANGE_ERROR + operand)
-    entry_1g, first_2m, first_4k = block
-    entry = first_4k + (hpa >> 12 & 0x3FFFF) * 2
-    path = entry_1g, first_2m + (hpa >> 21 & 511) * 2, entry
     words = pamt.words
-    if not try_path_hp(words, path, exclusive):
-        return _walk_slowly(call, path, operand, exclusive)
-    release = release_path_exclusive_hp if exclusive else release_path_shared_hp
-    call.locks.append((release, words, path))
-    return entry, 0
-
-
-def _walk_slowly(call: Call, path: Path, operand: int, exclusive: bool) -> tuple[int, int]:
-    """The walk where something is in the way: a bigger page ends it early, a lock refuses it."""
-    words = call.module.pamt.words
-    for entry, size in zip(path, (2, 1), strict=False):
+    for size in (2, 1):
+        entry = pamt.entry(hpa, size)
         if _lock_parent(call, entry, operand):
             if exclusive:
                 _promote(call, entry, operand)
             return entry, size
-    entry = path[-1]
+    entry = pamt.entry(hpa, 0)
     taken = try_exclusive_hp(words, entry) if exclusive else try_shared_hp(words, entry)
     if not taken:
         raise Refused(TDX_OPERAND_BUSY + operand)
@@ -87,12 +74,27 @@ def lock_page(call: Call, hpa: int, operand: int, page_type: int, exclusive: boo
     """Take the 4 KiB page at `hpa`, which must be of `page_type`; returns its PAMT_4K entry.
 
     Refuses, all with `operand`: as `walk_pamt`; then PAGE_METADATA_INCORRECT (inside a bigger page,
-    or another type).
+    or another type). Nearly every SEAMCALL comes here, nearly always with nothing in the way: then
+    the entries on the way are taken at once, to the same end.
     Source: helpers.c, check_and_lock_explicit_private_hpa.
     """
-    entry, size = walk_pamt(call, hpa, operand, exclusive)
-    word = call.module.pamt.words.view[entry]
-    if size or (word & TYPE_MASK) >> TYPE_SHIFT != page_type:
+    module = call.module
+    words, block = module.pamt.words, module.pamt.blocks.get(hpa >> 30)
+    entry, word = 0, IN_THE_WAY
+    if block is not None and not hpa & module.not_an_hpa:
+        entry_1g, first_2m, first_4k = block
+        entry = first_4k + (hpa >> 12 & 0x3FFFF) * 2
+        path = entry_1g, first_2m + (hpa >> 21 & 511) * 2, entry
+        word = try_path_hp(words, path, exclusive)
+    if word != IN_THE_WAY:
+        release = release_path_exclusive_hp if exclusive else release_path_shared_hp
+        call.locks.append((release, words, path))
+    else:
+        entry, size = walk_pamt(call, hpa, operand, exclusive)
+        word = words.view[entry]
+        if size:
+            raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
+    if (word & TYPE_MASK) >> TYPE_SHIFT != page_type:
         raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
     return entry
 

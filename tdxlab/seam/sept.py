@@ -140,11 +140,11 @@ def walk(memory: Memory, eptp: int, gpa: int, sept_level: int) -> Place:
     frames = memory.frames
     last = 12 + 9 * sept_level
     shift = 12 + 9 * (eptp >> 3 & 7)
-    word = frames[(eptp & HPA_MASK) >> 12] + (gpa >> shift & 511)
+    word = frames[eptp & HPA_MASK] + (gpa >> shift & 511)
     septe = view[word]
     while shift != last and 0 < septe & _LEAF_OR_RWX < LEAF:
         shift -= 9
-        word = frames[(septe & HPA_MASK) >> 12] + (gpa >> shift & 511)
+        word = frames[septe & HPA_MASK] + (gpa >> shift & 511)
         septe = view[word]
     level = sept_level if shift == last else (shift - 12) // 9
     return tuple.__new__(Place, (word, level, septe))  # Place(...), called less deeply
@@ -162,7 +162,7 @@ def entries(memory: Memory, eptp: int) -> Iterator[tuple[int, int, int, int]]:
 def _entries_below(
     memory: Memory, table: int, level: int, base: int
 ) -> Iterator[tuple[int, int, int, int]]:
-    start = memory.frames.get(table >> 12)
+    start = memory.frames.get(table)
     if start is None:
         return
     for number, septe in enumerate(memory.words.view[start : start + WORDS_PER_PAGE]):

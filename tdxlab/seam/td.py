@@ -12,7 +12,6 @@ bit-packed fields have a word each.
 
 from __future__ import annotations
 
-from tdxlab.arch import PAGE_SHIFT
 from tdxlab.memory import Memory
 
 MAX_TDCX = 9
@@ -150,7 +149,7 @@ class Td:
     def __init__(self, memory: Memory, tdr: int) -> None:
         self._memory = memory
         self.tdr = tdr
-        self.page: int = memory.frames[tdr >> PAGE_SHIFT]
+        self.page: int = memory.frames[tdr]
         self.tdcs = self.tdcs_hpa = 0
 
     @property
@@ -162,4 +161,4 @@ class Td:
         """Find the first TDCS page; the TD must have it."""
         pa = memory.words.view[self.page + _TDCX_PA]
         self.tdcs_hpa = hpa = pa & memory.page_mask
-        self.tdcs = memory.frames[hpa >> PAGE_SHIFT]
+        self.tdcs = memory.frames[hpa]

@@ -90,8 +90,7 @@ def test_destroy_leaves_no_poison_behind() -> None:
     td = lived()
     td.destroy()
     memory = td.machine.memory
-    for pfn in list(memory.frames):
-        hpa = pfn << 12
+    for hpa in list(memory.frames):
         if memory.is_ram(hpa):
             assert not memory.is_td_owned(hpa)
 
