@@ -40,6 +40,7 @@ from tdxlab.kvm.seamcalls import (
 from tdxlab.kvm.tdx import TD_STATE_INITIALIZED, TD_STATE_UNINITIALIZED, Tdx
 from tdxlab.kvm.tdx_module import TdxSysInfo, tdx_get_supported_attrs, tdx_get_supported_xfam
 from tdxlab.kvm.tdx_teardown import (
+    leak_control_pages,
     tdx_hkid_free,
     tdx_mmu_release_hkid,
     tdx_reclaim_td_control_pages,
@@ -138,6 +139,8 @@ def setup_tdparams(tdx: Tdx, init_vm: InitVm) -> bytes | int:
 def __tdx_td_init(tdx: Tdx, td_params: int) -> Status:
     """Create the TD with TD_PARAMS at HPA `td_params`. Returns 0 or -errno, then all is undone.
 
+    What the module does not give back stays with the VM, which tries again when it is destroyed;
+    if another TD is created before, a TDR is lost.
     Differs: no misc cgroup is charged for the KeyID.
     """
     host = tdx.host
@@ -165,6 +168,8 @@ def __tdx_td_init(tdx: Tdx, td_params: int) -> Status:
 def _create(tdx: Tdx, tdr: int) -> Status:
     """MNG.CREATE, under the mutex: the leaf wants the module's KeyID table for itself."""
     info: TdxSysInfo = tdx.host.sysinfo
+    if tdx.td.tdr:
+        leak_control_pages(tdx, "KVM_TDX_INIT_VM was called again")
     tdx.td = TdxTd(tdr, (), info.tdvps_base_size // PAGE_SIZE - 1)
     yield from tdx.host.tdx_lock.lock()
     status = yield from tdh_mng_create(tdx.host, tdx.td, tdx.hkid)

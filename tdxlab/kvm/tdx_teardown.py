@@ -16,6 +16,8 @@ arch/x86/kvm/x86.c, kvm_arch_destroy_vm.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 from tdxlab.abi.status import (
     TDX_FLUSHVP_NOT_DONE,
     TDX_INTERRUPTED_RESUMABLE,
@@ -36,9 +38,13 @@ from tdxlab.kvm.tdx import TD_STATE_UNINITIALIZED, VCPU_TD_STATE_UNINITIALIZED, 
 from tdxlab.kvm.tdx_associate import tdx_flush_vp_on_cpu
 from tdxlab.kvm.tdx_hooks import tdx_clear_page, tdx_reclaim_page
 from tdxlab.kvm.zap import kvm_flush_shadow_all, kvm_mmu_uninit_tdp_mmu
+from tdxlab.steps import Step
 
 #: How often an interrupted CACHE.WB is resumed. Source: vmx/tdx.c, TDX_SEAMCALL_RETRIES.
 TDX_SEAMCALL_RETRIES = 10000
+
+#: Why pages of a TD are lost that has kept its KeyID.
+KEYID_KEPT = "the TD's KeyID could not be given back"
 
 
 def kvm_destroy_vm(tdx: Tdx) -> Doing:
@@ -121,37 +127,48 @@ def _free_pi_desc(vcpu: TdxVcpu) -> None:
 
 
 def tdx_vm_destroy(tdx: Tdx) -> Doing:
-    """Source: tdx.c, tdx_vm_destroy."""
-    yield from tdx_reclaim_td_control_pages(tdx)
+    """Reclaim the control pages; nobody will try again with those that are left: they are lost.
+
+    Source: tdx.c, tdx_vm_destroy.
+    """
+    why = yield from tdx_reclaim_td_control_pages(tdx)
+    if why:
+        leak_control_pages(tdx, why)
     tdx.state = TD_STATE_UNINITIALIZED
 
 
-def tdx_reclaim_td_control_pages(tdx: Tdx) -> Doing:
-    """Reclaim the TDCS pages and then the TDR. With the KeyID still assigned they are lost.
+def leak_control_pages(tdx: Tdx, why: str) -> None:
+    """KVM forgets the TDCS pages and the TDR that it has. why: the failure that kept them."""
+    for hpa in (*tdx.td.tdcs, *([tdx.td.tdr] if tdx.td.tdr else [])):
+        tdx.host.pages.leak(hpa, why)
+    tdx.td = TdxTd()
+
+
+def tdx_reclaim_td_control_pages(tdx: Tdx) -> Generator[Step, None, str]:
+    """Reclaim the TDCS pages and then the TDR. Returns "", or why KVM still has some: all of them
+    where the KeyID is still assigned, or the TDR alone.
 
     Source: tdx.c, tdx_reclaim_td_control_pages.
     """
     host, tdr = tdx.host, tdx.td.tdr
+    if tdx.is_hkid_assigned:
+        return KEYID_KEPT
     for hpa in tdx.td.tdcs:
         yield from _reclaim_or_leak(tdx, hpa)
     tdx.td = tdx.td._replace(tdcs=())
     if not tdr:
-        return
-    if tdx.is_hkid_assigned:
-        host.pages.leak(tdr, "the TD's KeyID could not be given back")
-        return
+        return ""
     answer = yield from tdh_phymem_page_reclaim(host, tdr)
     if answer.status:
         tdx.vm.warn(failure("TDH_PHYMEM_PAGE_RECLAIM", *answer))
-        host.pages.leak(tdr, failure("TDH_PHYMEM_PAGE_RECLAIM", answer.status))
-        return
+        return failure("TDH_PHYMEM_PAGE_RECLAIM", answer.status)
     status = yield from tdh_phymem_page_wbinvd_tdr(host, tdx.td)
     if tdx.bug_on("TDH_PHYMEM_PAGE_WBINVD", status):
-        host.pages.leak(tdr, failure("TDH_PHYMEM_PAGE_WBINVD", status))
-        return
+        return failure("TDH_PHYMEM_PAGE_WBINVD", status)
     tdx_clear_page(host, tdr)
     host.pages.free_page(tdr)
     tdx.td = TdxTd()
+    return ""
 
 
 def _reclaim_or_leak(tdx: Tdx, hpa: int) -> Status:
@@ -161,7 +178,7 @@ def _reclaim_or_leak(tdx: Tdx, hpa: int) -> Status:
     """
     pages = tdx.host.pages
     if tdx.is_hkid_assigned:
-        pages.leak(hpa, "the TD's KeyID could not be given back")
+        pages.leak(hpa, KEYID_KEPT)
         return 0
     ret = yield from tdx_reclaim_page(tdx, hpa)
     if ret:
