@@ -19,7 +19,7 @@ from tdxlab.kvm.locks import READ
 from tdxlab.kvm.page_fault import PageFault
 from tdxlab.kvm.role import INVALID, IS_MIRROR
 from tdxlab.kvm.tdp_iter import gfn_root_bits as gfn_root_bits
-from tdxlab.kvm.tdp_set import kvm_mmu_page_as_id
+from tdxlab.kvm.tdp_set import HostBug, kvm_mmu_page_as_id
 from tdxlab.kvm.vm import INVALID_PAGE, MmuPage, Vcpu, Vm
 from tdxlab.steps import Step
 
@@ -206,12 +206,20 @@ def kvm_is_addr_direct(vm: Vm, gpa: int) -> bool:
 def tdp_mmu_get_root_for_fault(vcpu: Vcpu, fault: PageFault) -> MmuPage:
     """The root that `fault.addr` is to be mapped in: its shared bit chooses, not `is_private`.
 
+    Raises HostBug for a vCPU without that root: nobody looks whether it has one. It can come to
+    that where kvm_mmu_reload failed and its caller did not care.
     Source: tdp_mmu.h, tdp_mmu_get_root_for_fault.
     """
     vm = vcpu.vm
     direct_bits = vm.gfn_direct_bits
     is_mirror = direct_bits and not fault.addr >> PAGE_SHIFT & direct_bits
-    root: MmuPage = vm.sps[vcpu.mirror_root_hpa if is_mirror else vcpu.root_hpa]
+    root_hpa = vcpu.mirror_root_hpa if is_mirror else vcpu.root_hpa
+    try:
+        root: MmuPage = vm.sps[root_hpa]
+    except KeyError:
+        if root_hpa != INVALID_PAGE:
+            raise
+        raise HostBug(f"{vcpu!r} has no root in which {fault.addr:#x} could be mapped") from None
     return root
 
 

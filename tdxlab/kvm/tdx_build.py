@@ -62,6 +62,8 @@ def tdx_vcpu_init_mem_region(
     or flags, or a region that is empty, not aligned, or not private; -EINTR: a signal; -EBUSY or
     -EIO: the module refused the page, which then stays premapped; else what populating guest_memfd
     or the fault returns: -EEXIST for a page that was there already. Takes slots_lock.
+    Whether the MMU's roots could be loaded is not asked, as in Linux 6.16: without memory for them
+    the first page raises HostBug.
     """
     tdx = vcpu.tdx
     if not is_build_time(tdx):
