@@ -9,6 +9,7 @@ from tdxlab.arch import SIZE_2M, table_index
 from tdxlab.attacks.stage import DATA, DATA_GPA, HOST_KEYID, SECRET, Stage
 from tdxlab.attacks.verdict import (
     CONTROL,
+    CORRUPTION,
     DENIAL,
     ENCRYPTION,
     LEAKED,
@@ -122,17 +123,18 @@ def _judge_forgery(
     """What it is worth that the victim read `found`. forged: what the attacker wants it to read,
     None for anything but the truth.
     """
-    if found == forged or (forged is None and isinstance(found, bytes) and found != SECRET):
-        what = "what was put there" if forged else f"garbage, {_alike(found, SECRET)} of 64 right"
-        return Verdict("", gain, f"the victim reads {what} and notices nothing")
-    if isinstance(found, bytes):
+    if found == forged:
+        return Verdict("", gain, "the victim reads what was put there, and notices nothing")
+    if found == SECRET:
         return Verdict(ENCRYPTION, NOTHING, "the victim reads its own bytes")
+    if isinstance(found, bytes):
+        right = _alike(found, SECRET)
+        return Verdict("", CORRUPTION, f"the victim reads garbage, {right} of 64 bytes are right")
     line = dram.probe(stage.machine.memory, stage.data_hpa)
     stopper = MAC if line.td_owned else OWNER_BIT
-    gained = DENIAL if stage.is_dead else NOTHING
-    return Verdict(stopper, gained, "a machine check at the victim's read ends the TD")
+    return Verdict(stopper, DENIAL, "a machine check at the victim's read ends the TD")
 
 
-def _alike(some: object, other: bytes) -> int:
+def _alike(some: bytes, other: bytes) -> int:
     """Bytes that are equal at the same place."""
-    return sum(a == b for a, b in zip(some, other, strict=True)) if isinstance(some, bytes) else 0
+    return sum(a == b for a, b in zip(some, other, strict=True))

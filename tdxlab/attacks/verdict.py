@@ -41,11 +41,12 @@ MECHANISMS = (
 
 NOTHING = "nothing"
 LEAKED = "the secret"
-CONTROL = "the guest's data"
+CONTROL = "control of the guest's data"
+CORRUPTION = "garbage in the guest's data"
 REPLAY = "replay"
 TRAFFIC = "traffic analysis"
 DENIAL = "denial of service"
-GAINS = (NOTHING, LEAKED, CONTROL, REPLAY, TRAFFIC, DENIAL)
+GAINS = (NOTHING, LEAKED, CONTROL, CORRUPTION, REPLAY, TRAFFIC, DENIAL)
 
 _STOPPED_BY = {
     st.TDX_PAGE_METADATA_INCORRECT: PAMT,
