@@ -80,6 +80,22 @@ class Fault(NamedTuple):
     explanation: str
 
 
+class Outcome(NamedTuple):
+    """What a move did, wherever the others stand. where: number of the new fingerprint, or of the
+    result. ended: it came to its end; again: with a result that says that it has to start over.
+    after: the machine's differences from the base. lasting: something that lasts has changed.
+    """
+
+    label: str
+    where: int
+    waiting: bool
+    ended: bool
+    again: bool
+    after: Differences
+    lasting: bool
+    fault: Fault | None
+
+
 class Moved(NamedTuple):
     """What a move led to. label: what was done, for people."""
 
@@ -128,69 +144,86 @@ class Crew:
         self._steps[number] = step
         return step
 
+    def advance(self, number: int, before: Differences) -> Outcome:
+        """Move one actor, whether it waits in vain or not. before: the machine's differences."""
+        states, actor = self._states, self._actors[number]
+        mark, label = states.journal.mark(), words(self._steps[number])
+        waiting = ended = again = False
+        fault = None
+        try:
+            step = self._next(number)
+        except StopIteration as end:
+            ended, again = True, actor.again(end.value)
+            label = f"{label} -> {outcome(end.value)}"
+            self._operations[number], self._steps[number] = None, (START,)
+            where = states.number(START if again else self._prints.of(end.value))
+            if not again and not actor.allowed(end.value):
+                fault = Fault("result", f"{actor.name} ended with {outcome(end.value)}")
+        except Exception as error:
+            # Whatever an operation raises is a finding, shown with the schedule that led to it.
+            label = f"{label} raises {type(error).__name__}"
+            fault = Fault(type(error).__name__, f"{actor.name}: {error}")
+            where = states.number(START)
+        else:
+            waiting = step[0] == WAIT
+            where = states.number(self._prints.of(self._operations[number]))
+        after, lasting = states.update(before, mark)
+        states.journal.release(mark)
+        return Outcome(label, where, waiting, ended, again, after, lasting, fault)
+
     def move(self, number: int, at: Situation) -> Moved | None:
         """Move one actor. None: it waits, in vain; then nothing has changed.
 
         at: the situation in which the machine and this crew are.
         """
-        journal = self._states.journal
-        mark, label = journal.mark(), words(self._steps[number])
-        standing = self._begin(number, at)
-        fault = None
-        try:
-            step = self._next(number)
-        except StopIteration as end:
-            label = f"{label} -> {outcome(end.value)}"
-            after, lasting = self._states.update(at.differences, mark)
-            standing, fault = self._end(number, standing, end.value, after)
-        except Exception as error:
-            # Whatever an operation raises is a finding, shown with the schedule that led to it.
-            label = f"{label} raises {type(error).__name__}"
-            fault = Fault(type(error).__name__, f"{self._actors[number].name}: {error}")
-            after, lasting = self._states.update(at.differences, mark)
-        else:
-            here = self._states.number(self._prints.of(self._operations[number]))
-            after, lasting = self._states.update(at.differences, mark)
-            waits = step[0] == WAIT
-            if waits and standing.waiting and here == standing.where and after is at.differences:
-                journal.release(mark)
-                return None
-            standing = standing._replace(where=here, waiting=waits)
-        journal.release(mark)
-        standings = self._disturb(at.standings, lasting)
-        standings[number] = standing
-        return Moved(Situation(after, tuple(standings)), label, fault)
-
-    def _begin(self, number: int, at: Situation) -> Standing:
-        """Where the actor stands; at its first step, also what it will compare with at its end."""
+        done, lasting = self.advance(number, at.differences), self._states.lasting
         standing = at.standings[number]
-        if self._operations[number] is None and self._actors[number].again is not _never:
-            return standing._replace(began=self._states.lasting(at.differences), disturbed=False)
+        if is_in_vain(standing, done, changed=done.after != at.differences):
+            return None
+        standing = stand(
+            self._actors[number],
+            standing,
+            done,
+            lambda: lasting(at.differences),
+            lambda: lasting(done.after),
+        )
+        standings = list(at.standings)
+        if done.lasting:
+            standings = list(map(disturb, self._actors, at.standings))
+        standings[number] = standing
+        return Moved(Situation(done.after, tuple(standings)), done.label, done.fault)
+
+
+def is_in_vain(standing: Standing, done: Outcome, *, changed: bool) -> bool:
+    """True if an actor that waited just went on waiting. changed: the machine is another."""
+    return done.waiting and standing.waiting and done.where == standing.where and not changed
+
+
+def stand(
+    actor: Actor,
+    standing: Standing,
+    done: Outcome,
+    before: Callable[[], int],
+    after: Callable[[], int],
+) -> Standing:
+    """Where an actor stands that stood at `standing` and did `done`. before, after: the lasting
+    states before and after that move.
+    """
+    began, disturbed = standing.began, standing.disturbed
+    if actor.again is not _never and began < 0:
+        began, disturbed = before(), False
+    if done.again:
+        return Standing(done.where, blocked=not (disturbed or after() != began))
+    if done.ended:
+        return Standing(done.where, ended=True)
+    return Standing(done.where, False, done.waiting, False, began, disturbed)
+
+
+def disturb(actor: Actor, standing: Standing) -> Standing:
+    """Where an actor stands after another has changed something that lasts."""
+    if standing.ended or actor.again is _never:
         return standing
-
-    def _end(
-        self, number: int, standing: Standing, result: Any, after: Differences
-    ) -> tuple[Standing, Fault | None]:
-        actor, states = self._actors[number], self._states
-        self._operations[number], self._steps[number] = None, (START,)
-        if actor.again(result):
-            changed = standing.disturbed or states.lasting(after) != standing.began
-            return Standing(states.number(START), blocked=not changed), None
-        fault = None
-        if not actor.allowed(result):
-            fault = Fault("result", f"{actor.name} ended with {outcome(result)}")
-        return Standing(states.number(self._prints.of(result)), ended=True), fault
-
-    def _disturb(self, standings: Sequence[Standing], lasting: bool) -> list[Standing]:
-        """Where the others stand after a move that changed something lasting, or not."""
-        if not lasting:
-            return list(standings)
-        return [
-            standing
-            if standing.ended or actor.again is _never
-            else standing._replace(blocked=False, disturbed=standing.began >= 0)
-            for actor, standing in zip(self._actors, standings, strict=True)
-        ]
+    return standing._replace(blocked=False, disturbed=standing.began >= 0)
 
 
 def words(step: Step) -> str:

@@ -51,6 +51,8 @@ class States:
         self._ignored = frozenset(i for thing in ignored for i in containers_of(thing))
         self._locks = frozenset(i for thing in locks for i in containers_of(thing))
         self._numbers: dict[Hashable, int] = {}
+        #: number of a value at a place -> that place
+        self._place_of: dict[int, Place] = {}
         self._at_base: dict[Place, Hashable] = {}
         #: containers met so far, by identity: words as bytes, dicts and lists
         self._bytes: dict[int, memoryview[int]] = {}
@@ -73,6 +75,10 @@ class States:
         """The number of the state that differs from the base so."""
         return self.number(frozenset(differences.values()))
 
+    def differences(self, values: Iterable[int]) -> Differences:
+        """The differences whose values are these: what `Differences.values()` gave."""
+        return {self._place_of[value]: value for value in values}
+
     def lasting(self, differences: Differences) -> int:
         """As `state`, whoever holds which lock."""
         return self.number(frozenset(n for place, n in differences.items() if self._lasts(place)))
@@ -90,7 +96,8 @@ class States:
             if value == self._base_value(place):
                 after.pop(place, None)
             else:
-                after[place] = self.number((place, value))
+                after[place] = number = self.number((place, value))
+                self._place_of[number] = place
             if after.get(place) != before.get(place) and self._lasts(place):
                 lasting = True
         return after, lasting
