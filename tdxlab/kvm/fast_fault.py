@@ -14,7 +14,15 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from tdxlab.kvm.dirty_log import mark_page_dirty_in_slot
-from tdxlab.kvm.page_fault import RET_PF_FIXED, RET_PF_INVALID, RET_PF_SPURIOUS, PageFault
+from tdxlab.kvm.page_fault import (
+    PFERR_PRESENT_MASK,
+    PFERR_RSVD_MASK,
+    PFERR_WRITE_MASK,
+    RET_PF_FIXED,
+    RET_PF_INVALID,
+    RET_PF_SPURIOUS,
+    PageFault,
+)
 from tdxlab.kvm.spte import (
     ACCESSED_MASK,
     FROZEN_SPTE,
@@ -41,7 +49,12 @@ def page_fault_can_be_fast(vm: Vm, fault: PageFault) -> bool:
     Never an MMIO access, nor one whose privacy is not that of the gfn.
     Source: page_fault_can_be_fast.
     """
-    if not (fault.write if fault.present else not vm.params.ad_bits) or fault.rsvd:
+    error_code = fault.error_code
+    if error_code & PFERR_PRESENT_MASK:
+        missing_permission = error_code & PFERR_WRITE_MASK
+    else:
+        missing_permission = not vm.params.ad_bits
+    if not missing_permission or error_code & PFERR_RSVD_MASK:
         return False
     private = vm.features.has_private_mem
     return not private or fault.is_private == vm.attributes.is_private(fault.gfn)

@@ -24,7 +24,7 @@ def kvm_mmu_hugepage_adjust(vcpu: Vcpu, fault: PageFault) -> None:
     Leaves 4 KiB where max_level is 4 KiB, where there is no page, and where writes are logged.
     Source: kvm_mmu_hugepage_adjust.
     """
-    fault.huge_page_disallowed = fault.execute and fault.nx_huge_page_workaround_enabled
+    fault.huge_page_disallowed = fault.nx_huge_page_workaround_enabled and fault.execute
     slot = fault.slot
     if fault.max_level == 1 or fault.pfn & _ERROR_OR_NOSLOT or slot is None:
         return

@@ -57,8 +57,8 @@ class PageFault:
     """
 
     __slots__ = (
-        *("addr", "error_code", "prefetch", "execute", "write", "present", "rsvd", "is_private"),
-        *("gfn", "slot", "max_level", "req_level", "goal_level", "nx_huge_page_workaround_enabled"),
+        *("addr", "error_code", "prefetch", "is_private", "gfn", "slot"),
+        *("max_level", "req_level", "goal_level", "nx_huge_page_workaround_enabled"),
         *("huge_page_disallowed", "mmu_seq", "pfn", "map_writable"),
     )
 
@@ -66,10 +66,6 @@ class PageFault:
         self.addr = addr
         self.error_code = error_code
         self.prefetch = prefetch
-        self.execute = error_code & PFERR_FETCH_MASK != 0
-        self.write = error_code & PFERR_WRITE_MASK != 0
-        self.present = error_code & PFERR_PRESENT_MASK != 0
-        self.rsvd = error_code & PFERR_RSVD_MASK != 0
         self.is_private = error_code & PFERR_PRIVATE_ACCESS != 0
         self.gfn = 0
         self.slot: Slot | None = None
@@ -79,3 +75,13 @@ class PageFault:
         self.mmu_seq = 0
         self.pfn = KVM_PFN_ERR_FAULT
         self.map_writable = False
+
+    @property
+    def execute(self) -> bool:
+        """An instruction fetch."""
+        return self.error_code & PFERR_FETCH_MASK != 0
+
+    @property
+    def write(self) -> bool:
+        """A write."""
+        return self.error_code & PFERR_WRITE_MASK != 0

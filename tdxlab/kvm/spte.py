@@ -98,6 +98,9 @@ _GEN_LOW_MASK = (1 << _GEN_LOW_BITS) - 1
 #: W and X without R: the access exits as an EPT misconfiguration, which KVM takes for MMIO.
 MMIO_MISCONFIG_VALUE = EPT_WRITE | EPT_EXECUTE
 
+#: What a leaf has more than another one if the guest may write.
+_WRITABLE = PT_WRITABLE_MASK | MMU_WRITABLE_MASK | HOST_WRITABLE_MASK | DIRTY_MASK
+
 MEMORY_TYPE_UC = 0
 MEMORY_TYPE_WB = 6 << Spte.memory_type.low
 IGNORE_PAT_MASK = Spte.ignore_pat.mask
@@ -262,31 +265,22 @@ def make_spte(
     Source: spte.c, make_spte. Differs: dirty logging of the gfn is the caller's; nothing here
     shadows guest tables, so no gfn is write-protected for that (the result "wrprot" is never true).
     """
-    level = role & 0xF
-    spte = SPTE_MMU_PRESENT_MASK
+    low = memory_type(vm, pfn) if prefetch else memory_type(vm, pfn) | ACCESSED_MASK
+    if role & 0xF > 1:
+        low |= PT_PAGE_SIZE_MASK
+        if vm.params.nx_huge_pages:
+            access &= ~ACC_EXEC_MASK
+    if access & ACC_EXEC_MASK:
+        low |= EPT_EXECUTE
+    if access & ACC_USER_MASK:
+        low |= EPT_READ
+    spte = vm.masks.present | SPTE_MMU_PRESENT_MASK | low | pfn << PAGE_SHIFT
     if role & AD_DISABLED:
         spte |= SPTE_TDP_AD_DISABLED
     elif role & GUEST_MODE and vm.config.dirty_log_size:
         spte |= SPTE_TDP_AD_WRPROT_ONLY
-    spte |= vm.masks.present
-    if not prefetch:
-        spte |= ACCESSED_MASK
-    if level > 1 and vm.params.nx_huge_pages:
-        access &= ~ACC_EXEC_MASK
-    if access & ACC_EXEC_MASK:
-        spte |= EPT_EXECUTE
-    if access & ACC_USER_MASK:
-        spte |= EPT_READ
-    if level > 1:
-        spte |= PT_PAGE_SIZE_MASK
-    spte |= memory_type(vm, pfn)
     if host_writable:
-        spte |= HOST_WRITABLE_MASK
-    else:
-        access &= ~ACC_WRITE_MASK
-    spte |= pfn << PAGE_SHIFT
-    if access & ACC_WRITE_MASK:
-        spte |= PT_WRITABLE_MASK | MMU_WRITABLE_MASK | DIRTY_MASK
+        spte |= _WRITABLE if access & ACC_WRITE_MASK else HOST_WRITABLE_MASK
     return mark_spte_for_access_track(spte) if prefetch else spte
 
 

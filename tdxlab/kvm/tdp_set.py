@@ -254,7 +254,7 @@ def _note_change(
 
     Raises HostBug where a leaf was exchanged for another page: someone forgot to zap.
     """
-    if gfn & (1 << 9 * (level - 1)) - 1:
+    if level > 1 and gfn & (1 << 9 * (level - 1)) - 1:
         vm.warn(f"handle_changed_spte: gfn {gfn:#x} is not aligned to level {level}")
     if old_spte == new_spte:
         return None
@@ -262,8 +262,7 @@ def _note_change(
     is_present = new_spte & SPTE_MMU_PRESENT_MASK
     was_leaf = was_present and (level == 1 or old_spte & PT_PAGE_SIZE_MASK)
     is_leaf = is_present and (level == 1 or new_spte & PT_PAGE_SIZE_MASK)
-    pfn_changed = (old_spte ^ new_spte) & HPA_MASK
-    if was_leaf and is_leaf and pfn_changed:
+    if was_leaf and is_leaf and (old_spte ^ new_spte) & HPA_MASK:
         raise HostBug(
             f"gfn {gfn:#x}: a present leaf changed its page ({old_spte:#x} -> {new_spte:#x})"
         )
@@ -282,9 +281,10 @@ def _note_change(
             vm.update_page_stats(level, 1)
     elif was_leaf:
         vm.update_page_stats(level, -1)
-    if was_present and not was_leaf and (is_leaf or not is_present or pfn_changed):
-        return vm.sp_of(old_spte)
-    return None
+    if not was_present or was_leaf:
+        return None
+    is_still_linked = is_present and not is_leaf and not (old_spte ^ new_spte) & HPA_MASK
+    return None if is_still_linked else vm.sp_of(old_spte)
 
 
 def _check_nonpresent_change(vm: Vm, old_spte: int, new_spte: int) -> None:

@@ -185,9 +185,13 @@ def do_pre_fault(rig: Rig, args: Args, out: Out) -> int:
 def do_tdp_map(rig: Rig, args: Args, out: Out) -> int | str:
     """kvm_tdp_mmu_map of a fault that is made by hand."""
     vcpu, gpa = reload(rig, args), address(rig, args)
-    made = PageFault(gpa, 0, args.flag("prefetch"))
-    made.execute, made.write = args.flag("exec"), args.flag("write")
-    made.is_private = args.flag("private")
+    access = {
+        "exec": PFERR_FETCH_MASK,
+        "write": PFERR_WRITE_MASK,
+        "private": PFERR_PRIVATE_ACCESS,
+    }
+    error_code = sum(bit for name, bit in access.items() if args.flag(name))
+    made = PageFault(gpa, error_code, args.flag("prefetch"))
     made.gfn = gpa >> PAGE_SHIFT & ~rig.vm.gfn_direct_bits
     made.max_level, made.pfn = args.number("max_level", 3), args.number("pfn")
     made.map_writable = args.flag("writable", 1)
