@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import io
 import re
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nbformat import NotebookNode
 
+from tdxlab import measure as measure_command
 from tdxlab.seam import measure
-from tdxlab.study import exercises, exercises_11, panel_measure
+from tdxlab.study import exercises, exercises_11, firmware_image, panel_measure
 from tdxlab.study import measurement_views as drawn
 from tdxlab.study.exercises import check, exercise, variant
+from tdxlab.study.firmware_image import small_firmware, swapped
 from tdxlab.study.launch_changes import CHANGES
 from tdxlab.study.measured_launch import Built, Recipe, build_on
 from tdxlab.study.measurement_log import SMALL_IMAGE, Record, log_of, mrtd
 from tdxlab.study.panel_measure import MeasurePanel
 from tdxlab.tape import Tape
-from tools.execute_notebooks import read
+from tdxlab.tdvf import Firmware, Section, parse
+from tests.notebook_cells import changed_cells, code_cells, saved, shown_by
 
 BOOK = Path(__file__).resolve().parent.parent / "notebooks" / "11-measured-launch.ipynb"
-NUMBERS = [f"11.{n}" for n in range(1, 8)]
+NUMBERS = [f"11.{n}" for n in range(1, 10)]
 
 
 # -- the panel
@@ -223,6 +222,13 @@ def test_hints_recognise_usual_mistakes() -> None:
     assert mrtd(log) not in advice
     made = variant("11.7")
     assert "offset in TDINFO" in made.hint(made.answer - 512)
+    for number, seed in (("11.8", 0), ("11.9", 0)):
+        made = variant(number, seed=seed)
+        original = measure_command.launch(parse(small_firmware()))
+        assert "as it is" in made.hint(original) or "order of the metadata" in made.hint(original)
+    assert "hash of the file" in variant("11.8").hint(hashlib.sha384(small_firmware()).hexdigest())
+    other = measure_command.launch(parse(swapped(small_firmware(), 1, 3)))
+    assert "another file" in variant("11.9").hint(other)
     whole = variant("11.1")
     assert "page content" in whole.hint(15 * 4096)
     assert "too many, 3 missing" in variant("11.3").hint({"a"})
@@ -231,38 +237,19 @@ def test_hints_recognise_usual_mistakes() -> None:
 # -- the notebook's cells, run in this process
 
 
-def run(source: str, names: dict[str, Any]) -> str:
-    """What a cell prints, and then the text of its last expression."""
-    body = ast.parse(source).body
-    last = body.pop() if isinstance(body[-1], ast.Expr) else None
-    out = io.StringIO()
-    with redirect_stdout(out):
-        exec(compile(ast.Module(body, []), "cell", "exec"), names)
-        value = eval(compile(ast.Expression(last.value), "cell", "eval"), names) if last else None
-    return out.getvalue() + (repr(value) if value is not None else "")
+FIRMWARE_CELLS = (
+    *("parameters", "imports", "firmware-sections", "firmware-run", "firmware-trials"),
+    *("solution-8", "solution-9"),
+)
 
 
-def code_cells() -> list[NotebookNode]:
-    return [cell for cell in read(BOOK).cells if cell.cell_type == "code"]
-
-
-def committed(cell: NotebookNode) -> str:
-    """The text of a cell's outputs as they are in the repository."""
-    return "".join(
-        output["text"] if output.output_type == "stream" else output["data"]["text/plain"]
-        for output in cell.outputs
-    )
-
-
-def differing_cells(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Ids of the cells whose outputs are not those that are committed."""
+@pytest.fixture(autouse=True)
+def at_gpaw_48(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TDXLAB_GPAW", raising=False)
-    names: dict[str, Any] = {}
-    return [cell.id for cell in code_cells() if run(cell.source, names) != committed(cell)]
 
 
-def test_outputs_are_the_committed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert differing_cells(monkeypatch) == []
+def test_outputs_are_the_committed_ones() -> None:
+    assert changed_cells(BOOK) == []
 
 
 def _hash_no_gpa(name: bytes, _gpa: int) -> bytes:
@@ -286,31 +273,65 @@ def test_a_broken_part_turns_cells_red(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(owner, name, broken)
-    assert cell in differing_cells(monkeypatch)
+    assert cell in changed_cells(BOOK)
+
+
+def firmware_cells() -> list[str]:
+    """Of the cells about the firmware file, those that show something else than what is saved."""
+    names: dict[str, Any] = {}
+    kept = saved(BOOK)
+    cells = {cell.id: cell.source for cell in code_cells(BOOK)}
+    return [name for name in FIRMWARE_CELLS if shown_by(cells[name], names) != kept[name]]
+
+
+def _no_pages(_firmware: Firmware, _section: Section) -> Iterator[tuple[int, bytes]]:
+    return iter(())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken", "cells"),
+    [
+        (firmware_image, "flipped", lambda image, _: image, ["firmware-trials", "solution-8"]),
+        (firmware_image, "in_order", lambda made, _: made, ["firmware-trials", "solution-9"]),
+        (Firmware, "pages", _no_pages, ["firmware-run", "firmware-trials", "solution-8"]),
+        (measure_command, "launch", lambda *_: "0" * 96, ["firmware-run", "solution-8"]),
+        (firmware_image, "swapped", lambda image, *_: image, ["firmware-trials"]),
+    ],
+)
+def test_a_broken_part_turns_the_cells_about_the_firmware_file_red(
+    owner: object,
+    name: str,
+    broken: Callable[..., Any],
+    cells: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert firmware_cells() == []
+    monkeypatch.setattr(owner, name, broken)
+    assert set(cells) <= set(firmware_cells())
 
 
 def test_cells_can_be_run_twice_and_gpaw_changed_in_the_middle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("TDXLAB_GPAW", raising=False)
     names: dict[str, Any] = {}
-    for cell in code_cells():
-        assert run(cell.source, names) == run(cell.source, names)
+    cells = code_cells(BOOK)
+    for cell in cells:
+        assert shown_by(cell.source, names) == shown_by(cell.source, names)
     monkeypatch.setenv("TDXLAB_GPAW", "52")
-    outputs = {cell.id: run(cell.source, names) for cell in code_cells()}
+    outputs = {cell.id: shown_by(cell.source, names) for cell in cells}
     assert names["GPAW"] == 52
     assert "TDH.MEM.SEPT.ADD        6" in outputs["feeds-run"]
-    assert all(outputs[f"solution-{n}"].startswith(f"11.{n}: right") for n in range(1, 8))
-    assert outputs["orders-run"] == committed(next(c for c in code_cells() if c.id == "orders-run"))
+    assert all(outputs[f"solution-{n[3:]}"].startswith(f"{n}: right") for n in NUMBERS)
+    assert outputs["orders-run"] == saved(BOOK)["orders-run"]
 
 
-def test_copies_without_solutions_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TDXLAB_GPAW", raising=False)
+def test_copies_without_solutions_run() -> None:
     names: dict[str, Any] = {}
-    kept = [cell for cell in code_cells() if "solution" not in cell.metadata.get("tags", [])]
-    assert len(code_cells()) - len(kept) == 7
+    cells = code_cells(BOOK)
+    kept = [cell for cell in cells if "solution" not in cell.metadata.get("tags", [])]
+    assert len(cells) - len(kept) == len(NUMBERS)
     for cell in kept:
-        run(cell.source, names)
+        shown_by(cell.source, names)
 
 
 def test_instructor_notes_give_the_right_answers() -> None:
@@ -321,7 +342,7 @@ def test_instructor_notes_give_the_right_answers() -> None:
         answer = variant(number).answer
         shown = sorted(answer) if isinstance(answer, set) else [f"{answer:,}"]
         assert rows[number].strip("{}").split(", ") == shown
-    for number in ("11.4", "11.6"):
+    for number in ("11.4", "11.6", "11.8", "11.9"):
         start, end = rows[number].split("...")
         assert variant(number).answer.startswith(start)
         assert variant(number).answer.endswith(end)

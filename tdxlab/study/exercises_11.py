@@ -9,7 +9,9 @@ from random import Random
 from typing import Any
 
 from tdxlab.arch import PAGE_SIZE
+from tdxlab.measure import PER_SECTION, launch
 from tdxlab.study.exercises import Exercise, Variant
+from tdxlab.study.firmware_image import flipped, in_order, small_firmware, swapped
 from tdxlab.study.launch_changes import TRIALS, verdicts
 from tdxlab.study.measured_launch import TD_INFO, Recipe, build
 from tdxlab.study.measurement_log import (
@@ -27,6 +29,7 @@ from tdxlab.study.measurement_log import (
     log_of,
     mrtd,
 )
+from tdxlab.tdvf import parse
 
 _FIRST_GPA = 0x4000_0000
 
@@ -260,6 +263,57 @@ def report_offset(gpaw: int, seed: int) -> Variant:
     return Variant(question, place, hint)
 
 
+def flipped_firmware(_gpaw: int, seed: int) -> Variant:
+    """Measure a firmware image with one byte inverted."""
+    image = small_firmware()
+    offset = Random(seed).randrange(len(image) - 0x400)
+    changed = parse(flipped(image, offset))
+
+    def hint(answer: Any) -> str:
+        given = str(answer).strip().casefold()
+        if given == launch(parse(image)):
+            return f"That is the file as it is; byte {offset:#x} lies in content that is measured."
+        if given == launch(changed, PER_SECTION):
+            return "That is the other order of the calls."
+        if given in (_sha(flipped(image, offset)), _sha(image)):
+            return "That is the hash of the file. MRTD is the hash of calls: parse it, launch it."
+        return "flipped(image, offset) gives the file, parse its sections, launch the MRTD."
+
+    question = (
+        f"Byte {offset:#x} of the small firmware file is inverted, and a host adds it page by "
+        "page. MRTD, as 96 hex digits?"
+    )
+    return Variant(question, launch(changed), hint)
+
+
+def reordered_firmware(_gpaw: int, seed: int) -> Variant:
+    """Measure the sections of a firmware image in another order."""
+    image, draw = small_firmware(), Random(seed)
+    firmware = parse(image)
+    first, second = sorted(draw.sample(range(len(firmware.sections)), 2))
+    order = list(range(len(firmware.sections)))
+    order[first], order[second] = second, first
+    other = in_order(firmware, tuple(order))
+
+    def hint(answer: Any) -> str:
+        given = str(answer).strip().casefold()
+        if given == launch(parse(swapped(image, first, second))):
+            return (
+                "That is another file: its metadata changed, and they are measured with the code. "
+                "Here the file is the same, and only its host does things in another order."
+            )
+        if given == launch(firmware):
+            return "That is the order of the metadata. Each TDH.MEM.PAGE.ADD is hashed in its turn."
+        return "in_order(firmware, order) gives the sections in that order; launch them."
+
+    listed = ", ".join(map(str, order))
+    question = (
+        f"A VMM reads the small firmware file, but adds its sections in the order {listed} "
+        "(numbers of the table), page by page. MRTD, as 96 hex digits?"
+    )
+    return Variant(question, launch(other), hint)
+
+
 _MAKERS: tuple[Callable[[int, int], Variant], ...] = (
     bytes_hashed,
     digests_of_one_image,
@@ -268,6 +322,8 @@ _MAKERS: tuple[Callable[[int, int], Variant], ...] = (
     unseen_byte,
     own_rtmr,
     report_offset,
+    flipped_firmware,
+    reordered_firmware,
 )
 
 EXERCISES = tuple(Exercise(f"11.{n}", make) for n, make in enumerate(_MAKERS, start=1))
