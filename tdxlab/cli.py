@@ -1,4 +1,4 @@
-"""The command `tdxlab`: lab, demo, replay, explore, attack, measure, bench, doctor.
+"""The command `tdxlab`: lab, demo, replay, explore, faults, attack, measure, bench, doctor.
 
 Every command imports what it needs when it runs, so that `tdxlab --help` answers at once. A mistake
 at the keyboard is one line on stderr and exit status 2, never a traceback.
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_replay(commands)
     _add_explore(commands)
+    _add_faults(commands)
     _add_attack(commands)
     _add_measure(commands)
     for name, run, text in (
@@ -93,8 +94,7 @@ def _add_lab(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     text = "play a TD's whole life and print what each phase costs"
     demo = commands.add_parser("demo", help=text, description=text)
-    note = "width of guest addresses: 48 (4 levels) or 52 (5 levels); default: %(default)s"
-    demo.add_argument("--gpaw", type=int, choices=(48, 52), default=48, help=note)
+    _add_gpaw(demo)
     note = "memory of the guest, such as 64MiB (default: %(default)s)"
     demo.add_argument("--memory", type=_size, default="64MiB", metavar="SIZE", help=note)
     note = "vCPUs, at least 1 (default: %(default)s)"
@@ -103,6 +103,11 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     note = "draw the SEAMCALLs of each phase into this file too"
     demo.add_argument("--plot", type=Path, metavar="FILE.png", help=note)
     demo.set_defaults(run=_demo)
+
+
+def _add_gpaw(parser: _Parser) -> None:
+    note = "width of guest addresses: 48 (4 levels) or 52 (5 levels); default: %(default)s"
+    parser.add_argument("--gpaw", type=int, choices=(48, 52), default=48, help=note)
 
 
 def _add_replay(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -156,6 +161,22 @@ def _add_attack(commands: argparse._SubParsersAction[_Parser]) -> None:
     attack.set_defaults(run=_attack)
 
 
+def _add_faults(commands: argparse._SubParsersAction[_Parser]) -> None:
+    text = "let every SEAMCALL of a TD's life fail in turn, and say what is lost"
+    faults = commands.add_parser("faults", help=text, description=text)
+    _add_gpaw(faults)
+    note = "only this leaf, such as TDH.MEM.TRACK; can be given several times"
+    faults.add_argument("--leaf", action="append", default=[], metavar="NAME", help=note)
+    note = "where random lives and their random failures come from (default: %(default)s)"
+    faults.add_argument("--seed", type=_count, default=0, metavar="N", help=note)
+    note = "random lives besides (default: 100, with --leaf none)"
+    faults.add_argument("--runs", type=_count, metavar="M", help=note)
+    note = "only random life K of the seed: to see one again"
+    faults.add_argument("--only", type=_count, metavar="K", help=note)
+    faults.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    faults.set_defaults(run=_faults)
+
+
 def _port(text: str) -> int:
     """A TCP port as the command line names it, 1..65535."""
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65535:
@@ -190,6 +211,13 @@ def _digest(text: str) -> str:
     if len(text) != MRTD_DIGITS or not set(text) <= set(hexdigits):
         raise argparse.ArgumentTypeError(f"{text!r}: give an MRTD, {MRTD_DIGITS} hex digits")
     return text.lower()
+
+
+def _count(text: str) -> int:
+    """A number from 0 on as the command line names it."""
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number from 0 to 999999999")
+    return int(text)
 
 
 def _lab(options: argparse.Namespace) -> int:
@@ -241,6 +269,25 @@ def _attack(options: argparse.Namespace) -> int:
                 lacks=options.without,
                 cipher=AesXts(),
                 progress=progress,
+            )
+    except ValueError as mistake:
+        return _complain(str(mistake))
+
+
+def _faults(options: argparse.Namespace) -> int:
+    from tdxlab import faults_command
+
+    try:
+        with _progress("lives") as show:
+            return faults_command.command(
+                options.gpaw,
+                options.seed,
+                options.runs,
+                options.leaf,
+                options.only,
+                options.json,
+                sys.stdout,
+                show,
             )
     except ValueError as mistake:
         return _complain(str(mistake))

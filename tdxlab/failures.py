@@ -12,8 +12,8 @@ everything is as before. Of several with one target the last one is asked first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from errno import EBUSY, EINVAL, EIO, errorcode
 from typing import Any, NamedTuple
 
@@ -89,50 +89,41 @@ class Pace(Journalled):
             yield step
 
 
-class _InPlaceOf(Nth):
-    """Takes the place of some functions of one object while a `with` lasts.
-
-    owner: the object. functions: name -> what stands in its place.
-    """
-
-    def __init__(self, journal: Journal, owner: object, failure: Failure) -> None:
-        self.choose(failure.n, failure.times)
-        self.fields = Fields(journal, self)
-        self.owner = owner
-        self.functions: dict[str, Callable[..., Any]] = {}
-        self._saved: dict[str, Any] = {}
-
-    def __enter__(self) -> Nth:
-        self._saved = {name: vars(self.owner).get(name) for name in self.functions}
-        for name, function in self.functions.items():
-            setattr(self.owner, name, function)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, saved in self._saved.items():
-            if saved is None:
-                delattr(self.owner, name)
+@contextmanager
+def in_place_of(owner: object, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """While the `with` lasts, `functions` (name -> function) take the place of those of `owner`."""
+    saved = {name: vars(owner).get(name) for name in functions}
+    for name, function in functions.items():
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for name, before in saved.items():
+            if before is None:
+                delattr(owner, name)
             else:
-                setattr(self.owner, name, saved)
+                setattr(owner, name, before)
 
 
-class FailPage(_InPlaceOf):
-    """Host memory of which some pages, small or large, cannot be had.
+class FailPage(Nth):
+    """Host memory of which some pages, small or large, cannot be had. functions: what takes the
+    place of its own.
 
     Differs: in Linux the small allocations of a kernel rarely fail; reclaim is not modelled.
     """
 
     def __init__(self, pages: HostPages, journal: Journal, failure: Failure) -> None:
-        super().__init__(journal, pages, failure)
+        self.choose(failure.n, failure.times)
+        self.fields = Fields(journal, self)
         small, large = pages.alloc_page, pages.alloc_huge_page
-        self.functions = {
+        self.functions: dict[str, Callable[..., Any]] = {
             "alloc_page": lambda use: NO_PAGE if self.strikes() else small(use),
             "alloc_huge_page": lambda size, use: NO_PAGE if self.strikes() else large(size, use),
         }
 
 
-class FailHook(_InPlaceOf):
-    """A TD of which one hook fails without calling the module.
+class FailHook(Nth):
+    """A TD of which one hook fails without calling the module. functions: what takes its place.
 
     It leaves behind what the hook leaves when it fails: but for -EBUSY, and for a table that cannot
     be freed, the VM is dead; a page that was not removed is lost.
@@ -143,10 +134,11 @@ class FailHook(_InPlaceOf):
         if failure.answer not in HOOKS[failure.target]:
             allowed = " or ".join(f"-{errorcode[-answer]}" for answer in HOOKS[failure.target])
             raise ValueError(f"{failure.target} does not fail with {failure.answer}; {allowed} can")
-        super().__init__(tdx.host.journal, tdx, failure)
+        self.choose(failure.n, failure.times)
+        self.fields = Fields(tdx.host.journal, self)
         self.tdx, self.failure = tdx, failure
         self._behind = getattr(tdx, failure.target)
-        self.functions = {failure.target: self._hook}
+        self.functions: dict[str, Callable[..., Any]] = {failure.target: self._hook}
 
     def _hook(self, gfn: int, level: int, frame: int) -> Hook:
         """frame: pfn of a page, or HPA of a table."""
@@ -180,29 +172,28 @@ def injected(
     with ExitStack() as stack:
         made = []
         for failure in failures:
-            nth, entered = _make(host, failure, tdx)
+            nth = _make(stack, host, failure, tdx)
             if failure.step:
                 nth.is_armed = _armed_by(pace, failure.step)
-            stack.enter_context(entered)
             made.append(nth)
         yield made
 
 
-def _make(
-    host: KvmHost, failure: Failure, tdx: Tdx | None
-) -> tuple[Nth, AbstractContextManager[Nth]]:
-    """What lets a failure happen, twice: as a counter, and as what stands in the way."""
+def _make(stack: ExitStack, host: KvmHost, failure: Failure, tdx: Tdx | None) -> Nth:
+    """Let a failure stand in the way until the stack is closed."""
     if failure.target == ALLOC_PAGE:
         page = FailPage(host.pages, host.journal, failure)
-        return page, page
+        stack.enter_context(in_place_of(host.pages, page.functions))
+        return page
     if failure.target in HOOKS:
         if tdx is None:
             raise ValueError(f"{failure.target} is a hook of a TD; say of which one")
         hook = FailHook(tdx, failure)
-        return hook, hook
+        stack.enter_context(in_place_of(tdx, hook.functions))
+        return hook
     leaf = leaf_number(failure.target)
     call = FailNth(host, leaf, n=failure.n, status=failure.answer, count=failure.times)
-    return call, call
+    return stack.enter_context(call)
 
 
 def _armed_by(pace: Pace | None, step: int) -> Callable[[], bool]:
