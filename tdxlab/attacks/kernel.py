@@ -7,7 +7,7 @@ from typing import Any
 from tdxlab.abi import leaves as abi
 from tdxlab.abi.status import is_error
 from tdxlab.arch import PAGE_SHIFT
-from tdxlab.attacks.stage import DATA, GUEST, HOST, SECRET, Stage
+from tdxlab.attacks.stage import DATA, GUEST, HOST, SECRET, VICTIM_LP, Stage
 from tdxlab.attacks.verdict import CONTROL, NOTHING, SEPT, Verdict, said
 from tdxlab.kvm.roots import KVM_MIRROR_ROOTS, for_each_tdp_mmu_root
 from tdxlab.kvm.spte import SHADOW_NONPRESENT_VALUE
@@ -54,7 +54,11 @@ class KernelStage(Stage):
     def run_read(self) -> Any:
         """KVM runs the victim, which reads its secret."""
         return self.tape.move(
-            GUEST, "read memory", lambda: self.td.read(self.data_gpa, LINE_SIZE).value
+            GUEST,
+            "read memory",
+            lambda: self.td.read(self.data_gpa, LINE_SIZE).value,
+            {"gpa": self.data_gpa},
+            lp=VICTIM_LP,
         )
 
 
