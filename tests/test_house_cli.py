@@ -13,7 +13,7 @@ from tdxlab import lab
 from tdxlab.cli import main
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-COMMANDS = ("lab", "demo", "replay", "explore", "measure", "bench", "doctor")
+COMMANDS = ("lab", "demo", "replay", "explore", "faults", "measure", "bench", "doctor")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -61,6 +61,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["explore", "fly"], "same-page, fresh-region"),
         (["explore", "same-page", "--break", "fly"], "no-freeze, early-publish"),
         (["explore", "same-page", "--vcpus", "4"], "4 vCPUs"),
+        (["faults", "--leaf", "TDH.MEM.FLY"], "choose one of TDH.MNG.CREATE"),
         (["lab", "--no-browser", "--dir", "pyproject.toml/mine"], "pyproject.toml/mine"),
         (["lab", "--no-browser", "--dir", "pyproject.toml"], "pyproject.toml"),
     ],
