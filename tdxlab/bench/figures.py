@@ -74,6 +74,16 @@ def demo_time() -> str:
     return f"tdxlab demo, 64 MiB           {seconds:8.2f} s       (aim 5)"
 
 
+def campaign_time() -> str:
+    """CPU time of the systematic part of `tdxlab faults` at GPAW 48."""
+    from tdxlab.campaign import play_all
+
+    start = time.process_time()
+    lives = len(play_all(48, runs=0))
+    seconds = time.process_time() - start
+    return f"tdxlab faults, {lives} lives      {seconds:8.2f} s       (aim 120)"
+
+
 def journal_cost() -> str:
     """How much slower a mapped page gets while somebody holds a mark."""
     plain = measure(ModelBench(), aug)
@@ -146,6 +156,7 @@ ALL: tuple[Callable[[], str], ...] = (
     dense_memory,
     spread_memory,
     demo_time,
+    campaign_time,
     journal_cost,
     import_time,
     svg_redraw,
