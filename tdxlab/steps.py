@@ -47,6 +47,12 @@ def run(operation: Operation) -> Any:
         return end.value
 
 
+def finished(result: Any) -> Operation:
+    """An operation with nothing left to do: it takes no step and returns `result`."""
+    yield from ()
+    return result
+
+
 class Schedule:
     """Several operations in flight, and the order in which they moved.
 

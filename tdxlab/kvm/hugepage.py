@@ -12,7 +12,7 @@ from __future__ import annotations
 from tdxlab.kvm import lpage
 from tdxlab.kvm.page_fault import KVM_PFN_ERR_FAULT, KVM_PFN_NOSLOT, PageFault
 from tdxlab.kvm.spte import PT_PAGE_SIZE_MASK, SPTE_MMU_PRESENT_MASK
-from tdxlab.kvm.vm import Vcpu, Vm, pages_per_level
+from tdxlab.kvm.vm import MmuPage, Vcpu, Vm, pages_per_level
 
 _ERROR_OR_NOSLOT = KVM_PFN_ERR_FAULT | KVM_PFN_NOSLOT
 
@@ -54,3 +54,22 @@ def disallowed_hugepage_adjust(vm: Vm, fault: PageFault, spte: int, level: int) 
     if vm.sp_of(spte).nx_huge_page_disallowed:
         fault.pfn |= fault.gfn & (pages_per_level(level) - pages_per_level(level - 1))
         fault.goal_level = level - 1
+
+
+def track_possible_nx_huge_page(vm: Vm, sp: MmuPage) -> None:
+    """Remember a table that stands where an executable large page could.
+
+    Source: mmu.c, track_possible_nx_huge_page.
+    """
+    if sp.spt not in vm.possible_nx_huge_pages:
+        newest = max(vm.possible_nx_huge_pages.values(), default=0)
+        vm.possible_nx_huge_pages.put(sp.spt, newest + 1)
+        vm.add_stat("nx_lpage_splits", 1)
+
+
+def unaccount_nx_huge_page(vm: Vm, sp: MmuPage) -> None:
+    """The table no longer stands for an executable large page. Source: mmu.c."""
+    vm.sps.put(sp.spt, sp._replace(nx_huge_page_disallowed=False))
+    if sp.spt in vm.possible_nx_huge_pages:
+        vm.possible_nx_huge_pages.drop(sp.spt)
+        vm.add_stat("nx_lpage_splits", -1)

@@ -24,7 +24,7 @@ from tdxlab.kvm.notifier import kvm_handle_gfn_range
 from tdxlab.kvm.slots import Slot
 from tdxlab.kvm.vm import Vm, pages_per_level, round_gfn
 from tdxlab.kvm.zap import KVM_FILTER_PRIVATE, KVM_FILTER_SHARED, GfnRange
-from tdxlab.steps import Step
+from tdxlab.steps import Step, finished
 
 _ADDRESS_LIMIT = 1 << 64
 
@@ -44,13 +44,13 @@ def kvm_vm_ioctl_set_mem_attributes(
     Source: kvm_main.c, kvm_vm_ioctl_set_mem_attributes.
     """
     if flags or attributes & ~kvm_supported_mem_attributes(vm):
-        return -EINVAL
+        return finished(-EINVAL)
     if size == 0 or address + size >= _ADDRESS_LIMIT:
-        return -EINVAL
+        return finished(-EINVAL)
     if (address | size) & PAGE_OFFSET_MASK:
-        return -EINVAL
+        return finished(-EINVAL)
     start, end = address >> PAGE_SHIFT, address + size >> PAGE_SHIFT
-    return (yield from kvm_vm_set_mem_attributes(vm, start, end, private=bool(attributes)))
+    return kvm_vm_set_mem_attributes(vm, start, end, private=bool(attributes))
 
 
 def kvm_vm_set_mem_attributes(
@@ -93,9 +93,8 @@ def _after(attrs: int) -> Callable[[Vm, GfnRange], Handling]:
     """What is done to each slot after they became `attrs`."""
 
     def handler(vm: Vm, gfn_range: GfnRange) -> Handling:
-        yield from ()
         kvm_arch_post_set_memory_attributes(vm, gfn_range, attrs)
-        return False
+        return finished(False)
 
     return handler
 

@@ -11,7 +11,11 @@ from __future__ import annotations
 from tdxlab.arch import PAGE_SHIFT
 from tdxlab.kvm import caches
 from tdxlab.kvm.dirty_log import mark_page_dirty_in_slot
-from tdxlab.kvm.hugepage import disallowed_hugepage_adjust, kvm_mmu_hugepage_adjust
+from tdxlab.kvm.hugepage import (
+    disallowed_hugepage_adjust,
+    kvm_mmu_hugepage_adjust,
+    track_possible_nx_huge_page,
+)
 from tdxlab.kvm.locks import READ
 from tdxlab.kvm.page_fault import (
     RET_PF_EMULATE,
@@ -45,17 +49,6 @@ from tdxlab.kvm.tdp_set import (
     tdp_mmu_split_huge_page,
 )
 from tdxlab.kvm.vm import MmuPage, Vcpu, Vm
-
-
-def track_possible_nx_huge_page(vm: Vm, sp: MmuPage) -> None:
-    """Remember a table that stands where an executable large page could.
-
-    Source: mmu.c, track_possible_nx_huge_page.
-    """
-    if sp.spt not in vm.possible_nx_huge_pages:
-        newest = max(vm.possible_nx_huge_pages.values(), default=0)
-        vm.possible_nx_huge_pages.put(sp.spt, newest + 1)
-        vm.add_stat("nx_lpage_splits", 1)
 
 
 def alloc_child_sp(vcpu: Vcpu, it: TdpIter) -> MmuPage:

@@ -24,6 +24,7 @@ from struct import pack
 
 from tdxlab.arch import ENTRIES_PER_TABLE, HPA_MASK, PAGE_SHIFT
 from tdxlab.kvm.blocked import is_blocked_spte
+from tdxlab.kvm.hugepage import unaccount_nx_huge_page
 from tdxlab.kvm.locks import WRITE
 from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.role import AD_DISABLED, Role
@@ -179,11 +180,18 @@ def tdp_mmu_set_spte(
     if mirror:
         if new_spte & SPTE_MMU_PRESENT_MASK:
             vm.bug("tdp_mmu_set_spte: a mirror entry is installed under the exclusive lock")
-        if is_last_spte(old_spte, level):
-            error = yield from _remove_leaf(vm, gfn, old_spte, level)
-            if error:
-                _not_removed(vm, gfn, error)
+        yield from remove_external_spte(vm, gfn, old_spte, level)
     return old_spte
+
+
+def clear_leaf(vm: Vm, it: TdpIter) -> Doing | None:
+    """As `tdp_mmu_iter_set_spte`, to empty the present leaf at `it`: returns the operation that
+    takes the page out of the external EPT, None without one; `not_removed` is for its errors.
+    """
+    gfn, level = it.gfn, it.level
+    old_spte = write_spte(vm, it.word, it.old_spte, SHADOW_NONPRESENT_VALUE, level)
+    _note_change(vm, it.as_id, gfn, old_spte, SHADOW_NONPRESENT_VALUE, level)
+    return _remove_leaf(vm, gfn, old_spte, level) if it.is_mirror else None
 
 
 def write_spte(vm: Vm, word: int, old_spte: int, new_spte: int, level: int) -> int:
@@ -218,7 +226,7 @@ def remove_external_spte(vm: Vm, gfn: int, old_spte: int, level: int) -> Work:
     if is_last_spte(old_spte, level):
         error = yield from _remove_leaf(vm, gfn, old_spte, level)
         if error:
-            _not_removed(vm, gfn, error)
+            not_removed(vm, gfn, error)
 
 
 def _remove_leaf(vm: Vm, gfn: int, old_spte: int, level: int) -> Doing:
@@ -228,7 +236,8 @@ def _remove_leaf(vm: Vm, gfn: int, old_spte: int, level: int) -> Doing:
     return vm.external.remove_external_spte(gfn, level, spte_to_pfn(old_spte))
 
 
-def _not_removed(vm: Vm, gfn: int, error: int) -> None:
+def not_removed(vm: Vm, gfn: int, error: int) -> None:
+    """The hook could not take a page out of the external EPT: the VM is dead."""
     vm.bug(f"remove_external_spte: gfn {gfn:#x} could not be removed ({error})")
 
 
@@ -388,11 +397,3 @@ def unlink_sp(vm: Vm, sp: MmuPage) -> None:
     vm.account_table(sp, -1)
     if sp.nx_huge_page_disallowed:
         unaccount_nx_huge_page(vm, sp)
-
-
-def unaccount_nx_huge_page(vm: Vm, sp: MmuPage) -> None:
-    """The table no longer stands for an executable large page. Source: mmu.c."""
-    vm.sps.put(sp.spt, sp._replace(nx_huge_page_disallowed=False))
-    if sp.spt in vm.possible_nx_huge_pages:
-        vm.possible_nx_huge_pages.drop(sp.spt)
-        vm.add_stat("nx_lpage_splits", -1)

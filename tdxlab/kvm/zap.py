@@ -18,10 +18,11 @@ Differs: nothing shadows guest tables, so there are no reverse maps to go throug
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import NamedTuple
 
 from tdxlab.kvm.batching import zap_mirror_leafs_in_batches
+from tdxlab.kvm.hugepage import unaccount_nx_huge_page
 from tdxlab.kvm.invalidation import (
     kvm_mmu_invalidate_begin,
     kvm_mmu_invalidate_end,
@@ -61,11 +62,12 @@ from tdxlab.kvm.tdp_iter import (
     tdp_mmu_max_gfn_exclusive,
 )
 from tdxlab.kvm.tdp_set import (
+    clear_leaf,
     kvm_mmu_page_as_id,
+    not_removed,
     tdp_mmu_iter_set_spte,
     tdp_mmu_set_spte,
     tdp_mmu_set_spte_atomic,
-    unaccount_nx_huge_page,
 )
 from tdxlab.kvm.vm import MmuPage, Vm
 from tdxlab.steps import WAIT, Step
@@ -110,25 +112,36 @@ def tdp_mmu_zap_leafs(
     Source: tdp_mmu.c, tdp_mmu_zap_leafs. Differs: a VM can be told to remove a mirror's pages in
     batches.
     """
-    if vm.zap_batch and root.is_mirror:
-        return (yield from zap_mirror_leafs_in_batches(vm, root, start, end, can_yield, flush))
+    return _zap_leafs(vm, (root,), start, end, can_yield, flush)
+
+
+def _zap_leafs(
+    vm: Vm, roots: Iterable[MmuPage], start: int, end: int, can_yield: bool, flush: bool
+) -> Flushing:
+    """`tdp_mmu_zap_leafs` in one root after the other."""
     assert vm.mmu_lock.held(WRITE)
     end = min(end, tdp_mmu_max_gfn_exclusive(vm))
-    wanted = can_yield and is_lock_wanted(vm)
-    for it in for_each_tdp_pte(vm, root, start, end):
-        if wanted and tdp_mmu_iter_need_resched(vm, it):
-            yield from tdp_mmu_iter_resched(vm, it, flush, WRITE)
-            flush = False
-            wanted = is_lock_wanted(vm)
+    for root in roots:
+        if vm.zap_batch and root.is_mirror:
+            flush = yield from zap_mirror_leafs_in_batches(vm, root, start, end, can_yield, flush)
             continue
-        spte = it.old_spte
-        if not spte & SPTE_MMU_PRESENT_MASK or (it.level > 1 and not spte & PT_PAGE_SIZE_MASK):
-            continue
-        yield from tdp_mmu_set_spte(
-            vm, it.as_id, it.word, spte, SHADOW_NONPRESENT_VALUE, it.gfn, it.level, it.is_mirror
-        )
         wanted = can_yield and is_lock_wanted(vm)
-        flush = flush or not is_invalid_root(vm, root)
+        for it in for_each_tdp_pte(vm, root, start, end):
+            if wanted and tdp_mmu_iter_need_resched(vm, it):
+                yield from tdp_mmu_iter_resched(vm, it, flush, WRITE)
+                flush = False
+                wanted = is_lock_wanted(vm)
+                continue
+            spte = it.old_spte
+            if not spte & SPTE_MMU_PRESENT_MASK or (it.level > 1 and not spte & PT_PAGE_SIZE_MASK):
+                continue
+            removal = clear_leaf(vm, it)
+            if removal is not None:
+                error = yield from removal
+                if error:
+                    not_removed(vm, it.gfn, error)
+            wanted = can_yield and is_lock_wanted(vm)
+            flush = flush or not is_invalid_root(vm, root)
     return flush
 
 
@@ -137,21 +150,18 @@ def kvm_tdp_mmu_zap_leafs(vm: Vm, start: int, end: int, flush: bool) -> Flushing
 
     Source: tdp_mmu.c, kvm_tdp_mmu_zap_leafs.
     """
-    for root in for_each_tdp_mmu_root_yield_safe(vm, KVM_VALID_ROOTS):
-        flush = yield from tdp_mmu_zap_leafs(vm, root, start, end, True, flush)
-    return flush
+    roots = for_each_tdp_mmu_root_yield_safe(vm, KVM_VALID_ROOTS)
+    return _zap_leafs(vm, roots, start, end, True, flush)
 
 
 def kvm_tdp_mmu_unmap_gfn_range(vm: Vm, gfn_range: GfnRange, flush: bool) -> Flushing:
     """`tdp_mmu_zap_leafs` in the roots that the range's filter means, invalid ones too: who holds
     one may still be using it. Source: tdp_mmu.c, kvm_tdp_mmu_unmap_gfn_range.
     """
-    types = kvm_gfn_range_filter_to_root_types(vm, gfn_range.attr_filter) | KVM_INVALID_ROOTS
-    for root in for_each_tdp_mmu_root_yield_safe(vm, types, gfn_range.slot.as_id):
-        flush = yield from tdp_mmu_zap_leafs(
-            vm, root, gfn_range.start, gfn_range.end, gfn_range.may_block, flush
-        )
-    return flush
+    slot, start, end, attr_filter, may_block, _ = gfn_range
+    types = kvm_gfn_range_filter_to_root_types(vm, attr_filter) | KVM_INVALID_ROOTS
+    roots = for_each_tdp_mmu_root_yield_safe(vm, types, slot.as_id)
+    return _zap_leafs(vm, roots, start, end, may_block, flush)
 
 
 def kvm_unmap_gfn_range(vm: Vm, gfn_range: GfnRange) -> Flushing:

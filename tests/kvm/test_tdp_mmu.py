@@ -7,6 +7,7 @@ import pytest
 from mmubench import SHARED_BIT, SLOT, MmuBench, tdx_bench
 
 from tdxlab.kvm import caches
+from tdxlab.kvm.hugepage import track_possible_nx_huge_page
 from tdxlab.kvm.locks import READ
 from tdxlab.kvm.page_fault import (
     KVM_PFN_NOSLOT,
@@ -40,7 +41,6 @@ from tdxlab.kvm.tdp_mmu import (
     kvm_tdp_mmu_get_walk,
     kvm_tdp_mmu_gpa_is_mapped,
     kvm_tdp_mmu_map,
-    track_possible_nx_huge_page,
 )
 from tdxlab.kvm.vm import MmuPage, Vcpu
 from tdxlab.steps import Operation, Schedule, exhaustive, run, seeded

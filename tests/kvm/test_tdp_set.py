@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from mmubench import MmuBench, tdx_bench
 
+from tdxlab.kvm.hugepage import track_possible_nx_huge_page
 from tdxlab.kvm.locks import READ, WRITE
 from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.role import LEVEL_MASK, child_role
@@ -24,7 +25,6 @@ from tdxlab.kvm.spte import (
     make_spte,
 )
 from tdxlab.kvm.tdp_iter import TdpIter, gfn_root_bits
-from tdxlab.kvm.tdp_mmu import track_possible_nx_huge_page
 from tdxlab.kvm.tdp_set import (
     HostBug,
     handle_changed_spte,

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from mmubench import SHARED_BIT, SLOT, MmuBench, tdx_bench
 
+from tdxlab.kvm.hugepage import track_possible_nx_huge_page
 from tdxlab.kvm.locks import READ, WRITE
 from tdxlab.kvm.params import KVM_X86_SW_PROTECTED_VM
 from tdxlab.kvm.roots import (
@@ -19,7 +20,6 @@ from tdxlab.kvm.roots import (
 )
 from tdxlab.kvm.slots import KVM_MEM_LOG_DIRTY_PAGES
 from tdxlab.kvm.spte import FROZEN_SPTE
-from tdxlab.kvm.tdp_mmu import track_possible_nx_huge_page
 from tdxlab.kvm.vm import INVALID_PAGE, MmuPage, Vcpu
 from tdxlab.kvm.zap import (
     GfnRange,
