@@ -80,13 +80,15 @@ class Pace(Journalled):
 
     def watch(self, operation: Operation) -> Operation:
         """The operation itself; each of its steps counts."""
-        while True:
-            try:
-                step = next(operation)
-            except StopIteration as end:
-                return end.value
+        results: list[Any] = []
+
+        def whole() -> Operation:
+            results.append((yield from operation))
+
+        for step in whole():
             self.steps += 1
             yield step
+        return results[0]
 
 
 @contextmanager
