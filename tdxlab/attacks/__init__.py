@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tdxlab.attacks import guest, kernel, life, memory, pages
 from tdxlab.attacks.stage import Move, Stage
-from tdxlab.attacks.verdict import Verdict
+from tdxlab.attacks.verdict import DENIAL, NOTHING, Verdict
 from tdxlab.memory import Cipher
 
 
@@ -133,7 +133,13 @@ def attack(
 
 
 def perform(found: Attack, stage: Stage, lacks: str = "nothing") -> Report:
-    """Try an attack on a stage where nothing has been tried yet."""
+    """Try an attack on a stage where nothing has been tried yet. A victim that could not go on
+    afterwards is a gain of the host's, whatever the verdict says.
+    """
     verdict = found.run(stage)
+    gained = verdict.gained
+    if gained == NOTHING and not stage.goes_on():
+        gained = DENIAL
     moves = tuple(stage.moves)
-    return Report(found.name, found.what, stage.gpaw, lacks, *verdict, moves)
+    stopped_by, _, evidence = verdict
+    return Report(found.name, found.what, stage.gpaw, lacks, stopped_by, gained, evidence, moves)

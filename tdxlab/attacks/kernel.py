@@ -39,6 +39,9 @@ class KernelStage(Stage):
         self.data_hpa = self.mirror_entry().old_spte & self.machine.memory.page_mask
         self.spare = [self.host.pages.alloc_page("the host's own")]
 
+    def _reads_on(self) -> bool:
+        return bool(self.td.read(self.data_gpa, LINE_SIZE).ok)
+
     def mirror_entry(self) -> TdpIter:
         """Where KVM's mirror has its entry for the data page."""
         root = next(for_each_tdp_mmu_root(self.td.vm, KVM_MIRROR_ROOTS))

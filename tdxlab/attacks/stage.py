@@ -189,6 +189,24 @@ class Stage:
         dead = [move for move in self.moves if _is_deadly(move.result)]
         return bool(self.machine.module.halted or dead)
 
+    def goes_on(self) -> bool:
+        """The victim could go on with its data page, if the host let it run; nothing changes."""
+        mark = self.machine.mark()
+        try:
+            return self._reads_on()
+        finally:
+            self.machine.rewind(mark)
+            self.machine.journal.forget(mark)
+
+    def _reads_on(self) -> bool:
+        machine = self.machine
+        if machine.cpu.vcpu_inside(VICTIM_LP):
+            machine.kick(VICTIM_LP)
+        status = machine.seamcall(VICTIM_LP, abi.TDH_VP_ENTER, Registers(rcx=self.victim.vcpus[0]))
+        return status == IN_GUEST and isinstance(
+            machine.read_guest(VICTIM_LP, self.data_gpa, LINE_SIZE), bytes
+        )
+
     @property
     def moves(self) -> list[Move]:
         """The moves up to the present position."""
