@@ -107,7 +107,7 @@ class Cpu:
         self._memory = memory
         #: by LP: HPA of the TDVPR of the vCPU inside, and of its TDR; 0 while the host runs
         self.inside = Row(journal, self.count)
-        self._tdr_inside = Row(journal, self.count)
+        self.tdrs_inside = Row(journal, self.count)
         #: one TLB for each LP: (EPT root, gfn) -> Translation
         self.tlbs = tuple(Table(journal) for _ in package_of)
 
@@ -132,18 +132,18 @@ class Cpu:
 
     def tdr_inside(self, lp: int) -> int:
         """HPA of the TDR of the TD that runs on `lp`, 0 while the host runs there."""
-        return self._tdr_inside.view[lp]
+        return self.tdrs_inside.view[lp]
 
     def enter(self, lp: int, tdvpr: int, tdr: int) -> None:
         """The LP leaves the host and runs the vCPU `tdvpr` of the TD `tdr`."""
         self.inside.put(lp, tdvpr)
-        self._tdr_inside.put(lp, tdr)
+        self.tdrs_inside.put(lp, tdr)
         self._trace.count("td_entry")
 
     def leave(self, lp: int) -> None:
         """The LP is the host's again."""
         self.inside.put(lp, 0)
-        self._tdr_inside.put(lp, 0)
+        self.tdrs_inside.put(lp, 0)
         self._trace.count("td_exit")
 
     def send_ipi(self, lp: int) -> None:
