@@ -51,7 +51,8 @@ TYPE_MASK = PamtWord.page_type.mask
 TYPE_SHIFT = PamtWord.page_type.low
 _OWNER_UP = PamtWord.owner_pfn.low - PAGE_SHIFT
 _RESERVED = PT_RSVD << TYPE_SHIFT
-_ALL_RESERVED = (_RESERVED.to_bytes(8, "little") + bytes(8)) * PAGES_PER_2M
+_RESERVED_ENTRY = (PT_RSVD << TYPE_SHIFT).to_bytes(8, "little") + bytes(8)
+_ALL_RESERVED = _RESERVED_ENTRY * PAGES_PER_2M
 
 
 class PamtEntry(NamedTuple):
@@ -90,10 +91,13 @@ class Pamt:
         """The 1 GiB block at `base` is completely initialised: its pages can be used."""
         self.blocks.put(base >> 30, self._layout[base >> 30])
 
-    def reserve(self, hpa: int) -> None:
-        """Mark the 4 KiB page at `hpa` PT_RSVD; its block need not be open yet."""
-        first_4k = self._layout[hpa >> 30][2]
-        self.set_type(first_4k + ((hpa & SIZE_1G - 1) >> PAGE_SHIFT) * 2, PT_RSVD)
+    def reserve(self, base: int, end: int) -> None:
+        """Mark the 4 KiB pages of [base, end) PT_RSVD; they lie in one block, which is not open
+        yet, so that their entries are still all zero.
+        """
+        first_4k = self._layout[base >> 30][2]
+        first = first_4k + ((base & _OFFSET_IN_BLOCK) >> PAGE_SHIFT) * 2
+        self.words.fill(first, _RESERVED_ENTRY * ((end - base) >> PAGE_SHIFT))
 
     def entry(self, hpa: int, size: int) -> int:
         """Index of the entry of `size` (0, 1, 2) that covers `hpa`, whose block must be open."""
@@ -102,6 +106,14 @@ class Pamt:
 
     def page_type(self, entry: int) -> int:
         """Page type (PT_*) of an entry."""
+        return (self.words.view[entry] & TYPE_MASK) >> TYPE_SHIFT
+
+    def type_of(self, hpa: int) -> int:
+        """Page type (PT_*) of the 4 KiB page at `hpa`; PT_NDA where no block is open."""
+        block = self.blocks.get(hpa >> 30)
+        if block is None:
+            return PT_NDA
+        entry = block[2] + (hpa >> 12 & PAGES_PER_1G - 1) * 2
         return (self.words.view[entry] & TYPE_MASK) >> TYPE_SHIFT
 
     def owner(self, entry: int) -> int:
@@ -150,6 +162,20 @@ class Pamt:
             size, hpa, word.page_type, self.owner(entry), self.bepoch(entry), word.lock
         )
 
+    def covers(self, entry: int) -> tuple[int, int]:
+        """(HPA, size) of the page that the entry at this index stands for."""
+        for block, firsts in self._layout.items():
+            for size, first in enumerate(reversed(firsts)):
+                number = entry - first >> 1
+                if 0 <= number < PAGES_PER_1G >> 9 * size:
+                    return (block << 30) + (number << PAGE_SHIFT + 9 * size), size
+        raise ValueError(f"no entry of the PAMT has the index {entry}; there are {len(self.words)}")
+
+    def is_in_use(self, entry: int) -> bool:
+        """True if the entry is not free or reserved, or its lock is not 0."""
+        word = self.words.view[entry] & (TYPE_MASK | LOCK_MASK)
+        return word != 0 and word & TYPE_MASK != _RESERVED
+
     def in_use(self) -> Iterator[PamtEntry]:
         """Entries that are not free or reserved, or whose lock is not 0; 1G, 2M, 4K of each TDMR,
         ascending.
@@ -179,6 +205,5 @@ class Pamt:
             if chunk in (_ALL_FREE[: len(chunk)], _ALL_RESERVED[: len(chunk)]):
                 continue
             for number in range(start, start + min(PAGES_PER_2M, count)):
-                word = self.words.view[first + 2 * number] & (TYPE_MASK | LOCK_MASK)
-                if word and word & TYPE_MASK != _RESERVED:
+                if self.is_in_use(first + 2 * number):
                     yield self.describe(base + number * step, size)

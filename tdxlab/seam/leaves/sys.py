@@ -182,8 +182,9 @@ def tdh_sys_tdmr_init(call: Call) -> Operation:
     # -- effects: nothing below may fail
     start, stop = target.initialised_to, target.initialised_to + TDMR_INIT_STEP
     for area in target.reserved:
-        for hpa in range(max(start, area.base), min(stop, area.end), PAGE_SIZE):
-            module.pamt.reserve(hpa)
+        first, end = max(start, area.base), min(stop, area.end)
+        if first < end:
+            module.pamt.reserve(first, end)
     if stop % SIZE_1G == 0:
         module.pamt.open_block(stop - SIZE_1G)
     module.tdmrs.put(base, target._replace(initialised_to=stop))
