@@ -16,6 +16,8 @@ from contextlib import ExitStack, contextmanager
 from errno import EBUSY
 from typing import Any, NamedTuple
 
+from tdxlab import tlb_races
+from tdxlab.abi.status import TDX_SUCCESS
 from tdxlab.arch import HPA_MASK, PAGE_SHIFT
 from tdxlab.kvm import fault, tdp_mmu, tdp_set, tdx_hooks, tdx_teardown
 from tdxlab.kvm.host import KvmHost
@@ -24,6 +26,7 @@ from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.spte import FROZEN_SPTE, PT_PAGE_SIZE_MASK
 from tdxlab.kvm.tdp_iter import TdpIter
 from tdxlab.kvm.vm import Vm
+from tdxlab.seam import checks
 from tdxlab.steps import Operation, Step
 
 Doing = Generator[Step, None, int]
@@ -146,12 +149,22 @@ def _never_stale(*_arguments: object) -> bool:
     return False
 
 
+def _always(*_arguments: object) -> bool:
+    return True
+
+
 # -- removing and taking apart
 
 
 def _nothing(*_arguments: object, **_named: object) -> Operation:
     """An operation left out."""
     yield from ()
+
+
+def _done(*_arguments: object) -> Doing:
+    """A SEAMCALL left out; the caller takes it for done."""
+    yield from ()
+    return TDX_SUCCESS
 
 
 _SET = "set_external_spte_present"
@@ -212,14 +225,26 @@ BREAKS: dict[str, Break] = {
         "zap-enter",
         1,
         "vm_bugged",
-        ((tdx_hooks, "tdx_track", _nothing),),
+        ((tdx_hooks, "tdx_track", _nothing), (tlb_races, "begin_epoch", _done)),
     ),
     "no-kick": Break(
         "a new TLB epoch begins, but nobody is taken out of the old one",
         "zap-enter",
         1,
         "vm_bugged",
-        ((KvmHost, "kick_all", _nothing),),
+        ((KvmHost, "kick_all", _nothing), (tlb_races, "kick_everybody", _nothing)),
+    ),
+    "no-tracking": Break(
+        "no new TLB epoch begins, and the module removes pages without asking for one",
+        "tlb-tracking",
+        2,
+        "invariant 6",
+        (
+            (tdx_hooks, "tdx_track", _nothing),
+            (tlb_races, "begin_epoch", _done),
+            (tlb_races, "kick_everybody", _nothing),
+            (checks, "is_tracked", _always),
+        ),
     ),
     "keyid-before-flush": Break(
         "a KeyID is given back before the caches are written back",

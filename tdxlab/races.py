@@ -14,17 +14,19 @@ from collections.abc import Callable, Generator
 from errno import EFAULT
 from typing import Any, NamedTuple
 
-from tdxlab import invariants
+from tdxlab import invariants, tlb_races
 from tdxlab.abi.leaves import TDH_MEM_PAGE_AUG
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import OPERAND_ID_RCX, TDX_OPERAND_BUSY
 from tdxlab.accesses import Accept, Read
 from tdxlab.arch import PAGE_SIZE, SIZE_2M
+from tdxlab.bare import BareMachine
 from tdxlab.crew import Actor, Fault
 from tdxlab.explore import BUDGET, Exploration, explore
 from tdxlab.invariants import InvariantBroken
 from tdxlab.journal import Words
 from tdxlab.kvm.fault import kvm_mmu_page_fault
+from tdxlab.kvm.host import KvmHost
 from tdxlab.kvm.injection import FailNth
 from tdxlab.kvm.page_fault import (
     PFERR_PRIVATE_ACCESS,
@@ -80,9 +82,14 @@ class Race(NamedTuple):
     that are there at the beginning.
     """
 
-    machine: Machine
+    machine: BareMachine
     actors: tuple[Actor, ...]
     vms: tuple[Vm, ...] = ()
+
+    @property
+    def kernel(self) -> KvmHost | None:
+        """The machine's kernel; None where the host calls the module itself."""
+        return self.machine.host if isinstance(self.machine, Machine) else None
 
     def check(self, ended: bool) -> Fault | None:
         """What is wrong with the machine, None if nothing. ended: nothing is half-done."""
@@ -91,7 +98,7 @@ class Race(NamedTuple):
                 return Fault("vm_bugged", f"{vm}: {vm.vm_bugged}")
         if self.machine.module.halted:
             return Fault("module halted", self.machine.module.halted)
-        leaked = self.machine.host.pages.leaked
+        leaked = self.kernel.pages.leaked if self.kernel else None
         if leaked:
             hpa = min(leaked)
             return Fault("leaked", f"the page {hpa:#x} is lost: {leaked[hpa]}")
@@ -104,7 +111,9 @@ class Race(NamedTuple):
     @property
     def counters(self) -> list[object]:
         """Stores that only count what happens: they tell no states apart."""
-        found: list[object] = [self.machine.trace.words, self.machine.host.counters]
+        found: list[object] = [self.machine.trace.words]
+        if self.kernel:
+            found.append(self.kernel.counters)
         for vm in self.vms:
             found += [w for v in vm.vcpus for w in vars(v).values() if isinstance(w, Words)]
         return found
@@ -112,7 +121,7 @@ class Race(NamedTuple):
     @property
     def locks(self) -> list[object]:
         """What is held for a while and leaves nothing behind."""
-        found: list[object] = [self.machine.host.tdx_lock]
+        found: list[object] = [self.kernel.tdx_lock] if self.kernel else []
         for vm in self.vms:
             found += [vm.mmu_lock, vm.slots_lock, vm.srcu]
         return found
@@ -168,7 +177,7 @@ def build(name: str, vcpus: int = 2) -> Race:
     if not 1 <= vcpus <= scenario.most:
         raise ValueError(f"{vcpus} vCPUs; {name} is made for 1 to {scenario.most}")
     race = scenario.build(vcpus)
-    vms = race.machine.host.vm_list
+    vms = race.kernel.vm_list if race.kernel else ()
     for vm in vms:
         vm.listener = _listen
     return race._replace(vms=vms)
@@ -302,6 +311,11 @@ def zap_enter(vcpus: int) -> Race:
     return Race(machine, (*guests, punch))
 
 
+def tlb_tracking(vcpus: int) -> Race:
+    """A host without KVM takes a page away from vCPUs that read it, and gives it to another TD."""
+    return Race(*tlb_races.tracking(vcpus))
+
+
 def two_teardowns(vcpus: int) -> Race:
     """Two TDs are destroyed at once; they share the module, the packages' caches and tdx_lock."""
     machine = WholeCalls(memory="1 GiB", lps=THREAD_LP + 1, packages=2)
@@ -346,6 +360,7 @@ SCENARIOS: dict[str, Scenario] = {
         (hook_failure, 3),
         (slot_delete, 2),
         (zap_enter, 1),
+        (tlb_tracking, 2),
         (two_teardowns, 2),
         (accept_block, 1),
     )

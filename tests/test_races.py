@@ -112,5 +112,5 @@ def test_build_refuses_an_unknown_scenario_and_too_many_vcpus() -> None:
 
 
 def test_scenarios_say_what_they_are() -> None:
-    assert len(SCENARIOS) == 10
+    assert len(SCENARIOS) == 11
     assert all(scenario.what for scenario in SCENARIOS.values())
