@@ -269,6 +269,9 @@ class Row:
         self.view = [0] * count
         journal.attach(self)
 
+    def __len__(self) -> int:
+        return len(self.view)
+
     def switch(self, log: list[tuple[Any, Any, Any]] | None) -> None:
         """Record every change in `log`, or in nothing."""
         self.cells = self.view if log is None else _Recorder(self.view, log)

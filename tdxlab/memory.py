@@ -46,7 +46,7 @@ from tdxlab.arch import (
     WORDS_PER_PAGE,
 )
 from tdxlab.hardware import Region
-from tdxlab.journal import Journal, Table, Words
+from tdxlab.journal import Journal, Row, Table, Words
 from tdxlab.trace import Trace
 
 LINE_SIZE = 1 << LINE_SHIFT
@@ -140,10 +140,10 @@ class Memory:
         self._tags = Words(journal, pfns, typecode="H", sparse=True)
         self._mixed = Table(journal)
         #: KeyID -> tag of what is written with it
-        self._tag_of = Words(journal, 1 << keyid_bits, typecode="H")
+        self._tag_of = Row(journal, 1 << keyid_bits)
         for keyid in range(1 << keyid_bits):
             self._tag_of.put(keyid, keyid | (OWNED if keyid >= first_private else 0))
-        self._cursor = Words(journal, 1)
+        self._cursor = Row(journal, 1)
         self.words.extent = 0
 
     # -- addresses
@@ -254,7 +254,7 @@ class Memory:
 
     def current_tags(self) -> list[int]:
         """The tag that each KeyID writes at present, in the order of the KeyIDs."""
-        return self._tag_of.view.tolist()
+        return list(self._tag_of.view)
 
     # -- lines
 

@@ -67,8 +67,8 @@ class Trace:
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add `amount` to the hardware counter `name` (one of HARDWARE_COUNTERS)."""
-        index = _HARDWARE_INDEX[name]
-        self.words.put(index, self.words.view[index] + amount)
+        index, words = _HARDWARE_INDEX[name], self.words
+        words.cells[index] = words.view[index] + amount
 
     def seamcalls(self) -> dict[int, int]:
         """Leaf number -> number of SEAMCALLs, leaves that were called only."""

@@ -112,14 +112,16 @@ class HostPages(Journalled):
         """HPA of a free 4 KiB page, or NO_PAGE."""
         hpa = self._take()
         if hpa != NO_PAGE:
-            number = self._numbers.get(use)
-            if number is None:
-                number = self._numbers[use] = len(self._names)
-                self._names.append(use)
-            self._use.cells[hpa >> PAGE_SHIFT] = number
+            self._use.cells[hpa >> PAGE_SHIFT] = self._numbers.get(use) or self._new_use(use)
             counts = self._counts
             counts.cells[_OUT] = counts.view[_OUT] + 1
         return hpa
+
+    def _new_use(self, use: str) -> int:
+        """The number of a use that was not met yet."""
+        number = self._numbers[use] = len(self._names)
+        self._names.append(use)
+        return number
 
     def free_page(self, hpa: int) -> None:
         """The page is free again. Refuses one that is not out: ValueError."""

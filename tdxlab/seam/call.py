@@ -71,10 +71,9 @@ class Call:
             self.registers.rdx = refusal.rdx
 
     def release_all(self) -> None:
-        """Let go of every lock, the last one first."""
+        """Let go of every lock, the last one first. The call is over then."""
         for release, words, which in reversed(self.locks):
             release(words, which)
-        self.locks.clear()
 
     def keep(self, kept: list[Lock]) -> None:
         """Leave these locks held when the leaf ends."""

@@ -124,12 +124,13 @@ def open_tdcs(call: Call, td: Td, lock: bool = True) -> None:
     if view[page + _NUM_TDCX] < MIN_TDCX:
         raise Refused(TDX_TDCS_NOT_ALLOCATED)
     td.map_tdcs(memory)
+    tdcs = td.tdcs
     if lock:
-        index = td.tdcs + _OP_STATE_LOCK
+        index = tdcs + _OP_STATE_LOCK
         if not try_shared_hp(words, index):
             raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_OP_STATE)
         call.locks.append((release_shared_hp, words, index))
-    if view[td.tdcs + _OP_STATE] not in OP_STATE_ACCEPTS[call.leaf]:
+    if view[tdcs + _OP_STATE] not in OP_STATE_ACCEPTS[call.leaf]:
         raise Refused(TDX_OP_STATE_INCORRECT)
 
 
@@ -307,7 +308,7 @@ def begin_entry(
     view = memory.words.view
     eptp = view[td.tdcs + _EPTP]
     gpa, sept_level = page_info(operand, lowest, eptp >> 3 & 7 if highest is None else highest)
-    if not is_private_gpa(gpa, view[td.tdcs + _GPAW]):
+    if gpa >> (51 if view[td.tdcs + _GPAW] else 47):  # as is_private_gpa, called less deeply
         raise Refused(INVALID_RCX)
     lock_sept_tree(call, td, exclusive)
     place = sept.walk(memory, eptp, gpa, sept_level)

@@ -280,13 +280,11 @@ class Module:
         """
         if not self.memory.encrypted:
             return
-        pamt = self.pamt
         for page in range(hpa & -PAGE_SIZE, hpa + size, PAGE_SIZE):
-            if page >> 30 in pamt.blocks:
-                page_type = pamt.page_type(pamt.entry(page, 0))
-                if page_type in CONTROL_PAGE_TYPES:
-                    name = PAGE_TYPE_NAMES[page_type]
-                    self.halted = f"the host overwrote the module's page {page:#x} ({name})"
+            page_type = self.pamt.type_of(page)
+            if page_type in CONTROL_PAGE_TYPES:
+                name = PAGE_TYPE_NAMES[page_type]
+                self.halted = f"the host overwrote the module's page {page:#x} ({name})"
 
     # -- the guest's door
 

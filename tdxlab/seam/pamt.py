@@ -113,7 +113,7 @@ class Pamt:
         block = self.blocks.get(hpa >> 30)
         if block is None:
             return PT_NDA
-        entry = block[2] + (hpa >> 12 & PAGES_PER_1G - 1) * 2
+        entry: int = block[2] + (hpa >> 12 & PAGES_PER_1G - 1) * 2
         return (self.words.view[entry] & TYPE_MASK) >> TYPE_SHIFT
 
     def owner(self, entry: int) -> int:
