@@ -56,6 +56,18 @@ def take_page(vcpu: ShadowVcpu) -> int:
     return hpa
 
 
+def _take_low_page(vcpu: ShadowVcpu) -> int:
+    """HPA of a page below 4 GiB for a page that is called a PAE root, and is none: one for which
+    nothing was kept ready.
+    """
+    hpa, vcpu.pae_root_cache = vcpu.pae_root_cache, NO_PAGE
+    if hpa == NO_PAGE:
+        hpa = vcpu.vm.pages.alloc_page(TABLE_PAGE, below_4g=True)
+    if hpa == NO_PAGE:
+        raise RuntimeError("host BUG: no page below 4 GiB, with mmu_lock held")
+    return hpa
+
+
 def free_page_cache(vcpu: ShadowVcpu) -> None:
     """Give everything back. Source: mmu.c, mmu_free_memory_caches."""
     for hpa in vcpu.page_cache:
@@ -111,7 +123,8 @@ def init_page(
 
 def new_page(vcpu: ShadowVcpu, gfn: int, role: int) -> ShadowPage:
     """A new, empty table; the guest's table at `gfn` can be written by nobody unnoticed."""
-    vm, spt = vcpu.vm, take_page(vcpu)
+    vm = vcpu.vm
+    spt = _take_low_page(vcpu) if role & _PAE_ROOT else take_page(vcpu)
     vm.fill_table(spt, SHADOW_NONPRESENT_VALUE)
     sp = init_page(vm, spt, gfn, role)
     if sp.has_gptes and write_protect_gfn(vm, gfn):

@@ -66,6 +66,10 @@ GUEST_FAULT = "the guest's #PF"
 MMIO = "device memory"
 ILLEGAL_TABLE = "illegal shadow table"
 NO_MEMORY = "-ENOMEM"
+STUCK = "faults for ever"
+
+#: Exits after which an access is given up. A right one takes two at most.
+MOST_EXITS = 8
 
 Result = Generator[Step, None, "Outcome"]
 
@@ -139,7 +143,7 @@ def access(vcpu: ShadowVcpu, va: int, *, write: bool = False, user: bool = True)
     _require_va(va)
     code = (PFERR_WRITE_MASK if write else 0) | (PFERR_USER_MASK if user else 0)
     exits = 0
-    while True:
+    while exits < MOST_EXITS:
         if not vcpu.in_guest:
             entered = yield from vcpu_enter_guest(vcpu)
             if entered != FINE:
@@ -159,6 +163,7 @@ def access(vcpu: ShadowVcpu, va: int, *, write: bool = False, user: bool = True)
             return Outcome(NO_MEMORY, exits=exits)
         if came in (RET_PF_EMULATE, RET_PF_WRITE_PROTECTED):
             return Outcome(MMIO if came == RET_PF_EMULATE else EMULATED, exits=exits)
+    return Outcome(STUCK, exits=exits)
 
 
 def store(vcpu: ShadowVcpu, va: int, value: int, size: int, *, user: bool = True) -> Result:

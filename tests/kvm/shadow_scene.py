@@ -7,7 +7,7 @@ from typing import Any
 from tdxlab.hardware import Region
 from tdxlab.kvm.pae_pdpte import X86_CR0_PG, X86_CR0_WP, X86_CR4_PAE, X86_CR4_PSE
 from tdxlab.kvm.shadow import guest_store
-from tdxlab.kvm.shadow_params import DESIGNS, NESTED, MemoryMap, ShadowParams
+from tdxlab.kvm.shadow_params import MemoryMap, ShadowParams
 from tdxlab.kvm.shadow_run import Outcome, access, set_cr0, set_cr3, set_cr4, start
 from tdxlab.kvm.shadow_vm import ShadowVcpu, ShadowVm
 from tdxlab.steps import run
@@ -117,58 +117,3 @@ class Scene:
         if gpa >> 12 >= self.vm.npages:
             return None
         return self.vm.map.guest.base + gpa
-
-
-def check_books(vm: ShadowVm) -> None:
-    """Links, references and pages add up."""
-    links: dict[int, list[int]] = {}
-    leaves = set()
-    for sp in vm.sps.values():
-        for place, spte in enumerate(vm.read_table(sp.spt)):
-            sptep = sp.spt + 8 * place
-            if not spte & 1 << 11:
-                assert spte in (0, 1 << 63, vm.default_pdpte)
-            elif sp.level > 1:
-                links.setdefault(vm.address(spte), []).append(sptep)
-            else:
-                leaves.add(sptep)
-    assert leaves == set(vm.leaves)
-    assert sorted(p for ptes in vm.rmap.values() for p in ptes) == sorted(leaves)
-    held: dict[int, int] = {}
-    for vcpu in vm.vcpus:
-        for hpa in roots_held(vcpu):
-            held[hpa] = held.get(hpa, 0) + 1
-    for spt, sp in vm.sps.items():
-        assert sorted(sp.parents) == sorted(links.get(spt, []))
-        assert sp.root_count == held.get(spt, 0)
-        assert not (sp.role & 0x80 and sp.role & 0x10)
-        assert sp.role & 0x10 or not sp.role & 0x60
-    check_pages(vm)
-
-
-def roots_held(vcpu: ShadowVcpu) -> list[int]:
-    """HPA of each shadow page that the vCPU holds a root's reference to."""
-    vm = vcpu.vm
-    held = [root.hpa for root in vcpu.prev_roots if root.hpa != -1]
-    if vm.root_sp(vcpu) is not None:
-        return [*held, vcpu.root.hpa]
-    if vcpu.pae_root != -1:
-        slots = [vm.read(vcpu.pae_root + 8 * i) for i in range(4)]
-        held += [vm.address(slot) for slot in slots if slot]
-    return held
-
-
-def check_pages(vm: ShadowVm) -> None:
-    """Every page that is out is known to somebody, and every one below 4 GiB that has to be."""
-    known = list(vm.sps)
-    if vm.default_pdpte:
-        known.append(vm.address(vm.default_pdpte))
-    for vcpu in vm.vcpus:
-        special = (vcpu.pae_root, vcpu.pml4_root, vcpu.pml5_root, vcpu.pae_root_cache)
-        known += [*vcpu.page_cache, *(hpa for hpa in special if hpa != -1)]
-        if vm.params.use != NESTED:
-            assert all(hpa < 1 << 32 for hpa in special)
-    assert sorted(known) == sorted(vm.pages.in_use)
-
-
-__all__ = ["DESIGNS", "EXAMPLE", "RWU", "Scene", "check_books", "small_map"]

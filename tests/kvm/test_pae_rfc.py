@@ -1,0 +1,207 @@
+"""PAE roots with headers: kept ready, found, shared, linked, unlinked, freed."""
+
+from __future__ import annotations
+
+import pytest
+from shadow_scene import EXAMPLE, RWU, Scene, small_map
+
+from tdxlab.hardware import Region
+from tdxlab.kvm.pae_rules import complaints
+from tdxlab.kvm.pages import NO_PAGE
+from tdxlab.kvm.shadow import kvm_mmu_zap_all_fast, zap_page
+from tdxlab.kvm.shadow_params import AMD, INTEL, REVIEWED, RFC, ShadowRole
+from tdxlab.kvm.shadow_roots import design_of, kvm_mmu_load, topup_caches
+from tdxlab.kvm.shadow_run import GUEST_FAULT, NO_MEMORY, OK, STUCK, destroy_vcpu, set_cr3
+from tdxlab.kvm.shadow_vm import NO_ROOT
+from tdxlab.steps import run
+
+DESIGNS = pytest.mark.parametrize("design", [RFC, REVIEWED])
+ZERO_PAGE = Region(0x1_2345_6000, 0x1000)
+
+
+def slots(scene: Scene) -> tuple[int, ...]:
+    return design_of(scene.vm).slots(scene.vcpu)
+
+
+def mapped(design: str, **params: object) -> Scene:
+    """A guest of two levels that can use the first page of each GiB."""
+    scene = Scene(2, cr3=0x10000, design=design, **params)  # type: ignore[arg-type]
+    for gib in range(4):
+        scene.put(0x10000, gib << 8, 0x2000 | RWU)
+    scene.put(0x2000, 0, 0x5000 | RWU)
+    scene.turn_on()
+    return scene
+
+
+def test_make_default_pdpte_is_that_of_the_worked_example() -> None:
+    memory_map = EXAMPLE._replace(normal=(ZERO_PAGE, *EXAMPLE.normal))
+    scene = mapped(RFC, memory_map=memory_map)
+    assert scene.vm.default_pdpte == 0x1_2345_6001
+    for gib in range(4):
+        assert scene.access(gib << 30).kind == OK
+    linked = [0x140001801, 0x55555801, 0x200003801, 0x200004801]
+    assert list(slots(scene)) == linked
+    assert mapped(REVIEWED).vm.default_pdpte == 0
+
+
+@DESIGNS
+def test_fetch_links_a_directory_when_its_gibibyte_is_used(design: str) -> None:
+    scene = mapped(design)
+    empty = scene.vm.default_pdpte
+    assert run(kvm_mmu_load(scene.vcpu)) == 0
+    assert slots(scene) == (empty,) * 4
+    assert scene.access(3 << 30).kind == OK
+    assert [slot == empty for slot in slots(scene)] == [True, True, True, False]
+    root = scene.vm.root_sp(scene.vcpu)
+    assert root is not None
+    assert ShadowRole(root.role).pae_root == 1
+    children = [sp for sp in scene.vm.sps.values() if sp.spt != root.spt]
+    assert {ShadowRole(sp.role).pae_root for sp in children} == {0}
+    assert root.spt < 1 << 32
+    assert complaints(scene.vm) == []
+
+
+@DESIGNS
+def test_drop_parent_pte_puts_the_empty_value_back(design: str) -> None:
+    scene = mapped(design)
+    scene.access(3 << 30)
+    directory = scene.vm.address(slots(scene)[3])
+    run(zap_page(scene.vm, directory))
+    assert slots(scene)[3] == scene.vm.default_pdpte
+    assert directory not in scene.vm.sps
+    assert complaints(scene.vm) == []
+    assert scene.access(3 << 30).kind == OK
+
+
+@DESIGNS
+def test_two_vcpus_share_one_root(design: str) -> None:
+    scene = mapped(design, vcpus=2)
+    for vcpu in scene.vm.vcpus:
+        assert scene.access(0, vcpu=vcpu).kind == OK
+    first, second = scene.vm.vcpus
+    assert first.root == second.root
+    assert scene.vm.sps[first.root.hpa].root_count == 2
+    assert scene.vm.counts["sp_created"] == 3
+    assert complaints(scene.vm) == []
+
+
+def test_a_special_root_is_shared_by_nobody() -> None:
+    scene = mapped("special root", vcpus=2)
+    for vcpu in scene.vm.vcpus:
+        assert scene.access(0, vcpu=vcpu).kind == OK
+    first, second = scene.vm.vcpus
+    assert first.root.hpa != second.root.hpa
+
+
+@DESIGNS
+def test_topup_fills_the_cache_again_after_its_page_was_taken(design: str) -> None:
+    scene = mapped(design)
+    assert run(topup_caches(scene.vcpu)) == 0
+    ready = scene.vcpu.pae_root_cache
+    assert run(topup_caches(scene.vcpu)) == 0
+    assert scene.vcpu.pae_root_cache == ready
+    scene.access(0)
+    assert scene.vcpu.root.hpa == ready
+    assert scene.vcpu.pae_root_cache not in (NO_PAGE, ready)
+    assert scene.vm.counts["roots_allocated"] == 2
+
+
+@DESIGNS
+def test_topup_without_a_low_page_fails_cleanly_and_loses_nothing(design: str) -> None:
+    scene = mapped(design, memory_map=small_map(low=0))
+    assert scene.access(0).kind == NO_MEMORY
+    assert scene.vcpu.root == NO_ROOT
+    assert complaints(scene.vm) == []
+    run(destroy_vcpu(scene.vcpu))
+    assert len(scene.vm.pages.in_use) == (1 if design == RFC else 0)
+
+
+@DESIGNS
+def test_pages_are_encrypted_again_when_root_and_cache_are_freed(design: str) -> None:
+    scene = mapped(design, vendor=AMD, c_bit=45)
+    assert scene.access(3 << 30).kind == OK
+    assert len(scene.vm.plain) == 2
+    assert slots(scene)[3] & 1 << 45
+    assert complaints(scene.vm) == []
+    run(destroy_vcpu(scene.vcpu))
+    run(kvm_mmu_zap_all_fast(scene.vm))
+    assert scene.vm.counts["decrypted"] == scene.vm.counts["encrypted"] == 2
+    assert not scene.vm.plain
+    assert complaints(scene.vm) == []
+
+
+@DESIGNS
+def test_zap_page_of_a_root_in_use_frees_it_with_its_last_reference(design: str) -> None:
+    scene = mapped(design)
+    scene.access(0)
+    spt = scene.vcpu.root.hpa
+    run(zap_page(scene.vm, spt))
+    assert scene.vm.sps[spt].is_invalid
+    assert scene.access(0).kind == OK
+    assert scene.vcpu.root.hpa != spt
+    assert spt not in scene.vm.sps
+    assert complaints(scene.vm) == []
+
+
+# -- what the key must tell apart
+
+
+def pae_guest_with_two_tables(*, pdptes_in_key: bool) -> Scene:
+    """Two PDPTs in one page, 32 bytes apart, whose first GiB leads to different pages."""
+    scene = Scene(3, cr3=0x9000, design=REVIEWED, pdptes_in_key=pdptes_in_key)
+    for number, (table, directory) in enumerate(((0x9000, 0x2000), (0x9020, 0x4000))):
+        scene.put(table, 0, directory | 1)
+        scene.put(directory, 0, directory + 0x1000 | RWU)
+        scene.put(directory + 0x1000, 0, 0x10000 + 0x1000 * number | RWU)
+    scene.turn_on()
+    return scene
+
+
+def test_two_pdpts_in_one_page_have_roots_of_their_own() -> None:
+    scene = pae_guest_with_two_tables(pdptes_in_key=True)
+    assert scene.access(0).hpa == scene.expected(0)
+    scene.cr3 = 0x9020
+    assert run(set_cr3(scene.vcpu, 0x9020)) == "fine"
+    assert scene.access(0).hpa == scene.expected(0)
+
+
+def test_a_key_of_gfn_and_role_alone_gives_the_guest_the_wrong_page() -> None:
+    scene = pae_guest_with_two_tables(pdptes_in_key=False)
+    first = scene.access(0).hpa
+    scene.cr3 = 0x9020
+    assert run(set_cr3(scene.vcpu, 0x9020)) == "fine"
+    assert scene.expected(0) != first
+    assert scene.access(0).hpa == first
+
+
+# -- steps left out
+
+
+def test_children_that_inherit_the_bit_take_low_pages_and_let_nothing_through() -> None:
+    scene = mapped(REVIEWED, forget=frozenset({"clear role"}))
+    before = scene.vm.pages.dma32.free
+    assert scene.access(0).kind == STUCK
+    assert before - scene.vm.pages.dma32.free > 2
+    assert any("called a PAE root, at level 2" in text for text in complaints(scene.vm))
+
+
+@pytest.mark.parametrize(("kicks", "is_stale"), [(True, False), (False, True)])
+def test_a_flush_that_kicks_nobody_leaves_a_freed_directory_in_a_register(
+    kicks: bool, is_stale: bool
+) -> None:
+    scene = mapped(REVIEWED, vcpus=2, vendor=INTEL, kicks=kicks)
+    other = scene.vm.vcpus[1]
+    assert scene.access(0, vcpu=other).kind == OK
+    directory = scene.vm.address(slots(scene)[0]) if slots(scene) else 0
+    directory = directory or scene.vm.address(other.hardware[0])
+    run(zap_page(scene.vm, directory))
+    is_freed = directory not in scene.vm.pages.in_use
+    assert is_freed
+    assert (other.in_guest and scene.vm.address(other.hardware[0]) == directory) == is_stale
+
+
+@DESIGNS
+def test_a_pae_guests_absent_pdpte_is_its_own_fault(design: str) -> None:
+    scene = Scene(3, cr3=0x9020, design=design)
+    scene.turn_on()
+    assert scene.access(0).kind == GUEST_FAULT
