@@ -143,6 +143,7 @@ def _emulate(vcpu: Vcpu, fault: PageFault) -> int:
 
 def kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: PageFault) -> Doing:
     """Look the page up and map it. Returns RET_PF_*, -ENOMEM, or what `kvm_mmu_faultin_pfn` does.
+    Yields before the lookup, which may sleep.
 
     Source: kvm_tdp_mmu_page_fault. Differs: no gfn is write-tracked, since nothing shadows guest
     page tables (RET_PF_WRITE_PROTECTED).
@@ -155,7 +156,10 @@ def kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: PageFault) -> Doing:
     error = mmu_topup_memory_caches(vcpu)
     if error:
         return error
-    ret = yield from kvm_mmu_faultin_pfn(vcpu, fault)
+    ret = kvm_mmu_faultin_pfn(vcpu, fault)
+    if ret == RET_PF_CONTINUE and fault.slot is not None:
+        yield ("faultin_pfn", fault.addr, fault.error_code, fault.mmu_seq, fault.slot)
+        ret = __kvm_mmu_faultin_pfn(vcpu, fault, fault.slot)
     if ret != RET_PF_CONTINUE:
         return ret
     lock = vm.mmu_lock
@@ -184,17 +188,15 @@ def is_page_fault_stale(vcpu: Vcpu, fault: PageFault) -> bool:
 # -- which page
 
 
-def kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: PageFault) -> Doing:
-    """Find the page behind the gfn: `fault.pfn`, `map_writable`, `max_level`, `mmu_seq`.
+def kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: PageFault) -> int:
+    """May the page behind the gfn be looked up? Notes `fault.mmu_seq`.
 
     Returns RET_PF_CONTINUE, or what ends the fault, in this order: -EFAULT (and the VM is dead) if
     the gfn still has its shared bit; -EFAULT with a memory-fault exit if the access is private and
-    the gfn is not, or the reverse; what `kvm_handle_noslot_fault` says of a gfn without slot;
-    RET_PF_RETRY if the slot is being deleted or the gfn invalidated; what the lookup says;
-    RET_PF_RETRY if it was invalidated meanwhile.
-    Yields before the lookup, which may sleep.
-    Source: kvm_mmu_faultin_pfn. Differs: there is no slot for the APIC-access page; a lookup holds
-    no reference to the page, since a page that goes away makes the fault stale.
+    the gfn is not, or the reverse; what `kvm_handle_noslot_fault` says of a gfn without slot, for
+    which nothing is to be looked up; RET_PF_RETRY if the slot is being deleted or the gfn
+    invalidated.
+    Source: kvm_mmu_faultin_pfn, the first half. Differs: there is no slot for the APIC-access page.
     """
     vm, gfn, slot = vcpu.vm, fault.gfn, fault.slot
     if gfn & vm.gfn_direct_bits:
@@ -208,10 +210,21 @@ def kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: PageFault) -> Doing:
         return kvm_handle_noslot_fault(vcpu, fault)
     if slot.flags & KVM_MEMSLOT_INVALID or mmu_invalidate_retry_gfn_unsafe(vm, seq, gfn):
         return RET_PF_RETRY
-    yield ("faultin_pfn", fault.addr, fault.error_code, seq, slot)
+    return RET_PF_CONTINUE
+
+
+def __kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: PageFault, slot: Slot) -> int:
+    """Find the page behind the gfn: `fault.pfn`, `map_writable`, `max_level`.
+
+    Returns RET_PF_CONTINUE; what the lookup says; RET_PF_RETRY if it was invalidated meanwhile.
+    Source: kvm_mmu_faultin_pfn, the second half, and __kvm_mmu_faultin_pfn. Differs: a lookup holds
+    no reference to the page, since a page that goes away makes the fault stale.
+    """
     faultin = kvm_mmu_faultin_pfn_private if fault.is_private else kvm_mmu_faultin_pfn_shared
     ret = faultin(vcpu, fault, slot)
-    if ret == RET_PF_CONTINUE and mmu_invalidate_retry_gfn_unsafe(vm, seq, gfn):
+    if ret == RET_PF_CONTINUE and mmu_invalidate_retry_gfn_unsafe(
+        vcpu.vm, fault.mmu_seq, fault.gfn
+    ):
         return RET_PF_RETRY
     return ret
 

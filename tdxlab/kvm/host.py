@@ -39,6 +39,8 @@ TDX_MODULE_ERROR = "ERROR"
 #: wait for vCPUs to leave the guest. invept: global INVEPTs.
 HOST_COUNTERS = ("clflush", "ipi", "kick", "invept")
 _COUNTER_WORDS = {name: word for word, name in enumerate(HOST_COUNTERS)}
+#: Place of the counter that nearly every SEAMCALL wrapper adds to.
+CLFLUSH = _COUNTER_WORDS["clflush"]
 
 Doing = Generator[Step, None, None]
 

@@ -20,7 +20,7 @@ from collections.abc import Generator
 from tdxlab.abi import leaves as abi
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import TDX_RND_NO_ENTROPY
-from tdxlab.kvm.host import KvmHost
+from tdxlab.kvm.host import CLFLUSH, KvmHost
 from tdxlab.kvm.seamcall_args import Answer, Reclaimed, TdxTd, TdxVp
 from tdxlab.steps import Step
 
@@ -72,7 +72,8 @@ def tdx_clflush_page(host: KvmHost, hpa: int) -> None:
 
     Source: tdx.c, tdx_clflush_page. Differs: caches are not modelled; it only counts.
     """
-    host.count("clflush")
+    counters = host.counters
+    counters.cells[CLFLUSH] = counters.view[CLFLUSH] + 1
 
 
 # -- vCPUs

@@ -252,7 +252,6 @@ def spte_to_pfn(spte: int) -> int:
 
 def make_spte(
     vm: Vm,
-    *,
     role: int,
     access: int,
     pfn: int,

@@ -87,7 +87,8 @@ def kvm_tdp_mmu_map(vcpu: Vcpu, fault: PageFault) -> Doing:
         if spte == FROZEN_SPTE:
             break
         if level == fault.goal_level:
-            new_spte = _wanted_leaf(vm, fault, it)
+            is_present = spte & SPTE_MMU_PRESENT_MASK
+            new_spte = (_wanted_leaf if is_present else _make_leaf)(vm, fault, it)
             if new_spte != spte and (yield from tdp_mmu_set_spte_atomic(vm, it, new_spte)):
                 break
             return _leaf_installed(vcpu, fault, it, spte, new_spte)
@@ -125,9 +126,9 @@ def _install_table(vcpu: Vcpu, fault: PageFault, it: TdpIter) -> Doing:
 
 
 def _wanted_leaf(vm: Vm, fault: PageFault, it: TdpIter) -> int:
-    """The leaf to install at `it`; where a leaf is there that allows the access, that one."""
+    """The leaf to install at `it`, where something is: a leaf that allows the access stays."""
     old_spte = it.old_spte
-    if old_spte & SPTE_MMU_PRESENT_MASK and is_last_spte(old_spte, it.level):
+    if is_last_spte(old_spte, it.level):
         allowed = is_access_allowed(old_spte, write=fault.write, execute=fault.execute)
         if fault.prefetch or allowed:
             if fault.pfn != spte_to_pfn(old_spte):
@@ -152,14 +153,8 @@ def _make_leaf(vm: Vm, fault: PageFault, it: TdpIter) -> int:
     """The leaf that answers the fault; a writable one marks its page dirty, if that is logged."""
     if fault.slot is None:
         return make_mmio_spte(vm, it.gfn, vm.slots.generation)
-    spte = make_spte(
-        vm,
-        role=it.root.role & ~LEVEL_MASK | it.level,
-        access=ACC_ALL,
-        pfn=fault.pfn,
-        prefetch=fault.prefetch,
-        host_writable=fault.map_writable,
-    )
+    role = it.root.role & ~LEVEL_MASK | it.level
+    spte = make_spte(vm, role, ACC_ALL, fault.pfn, fault.prefetch, fault.map_writable)
     if fault.slot.flags & KVM_MEM_LOG_DIRTY_PAGES and spte & PT_WRITABLE_MASK:
         mark_page_dirty_in_slot(vm, fault.slot, it.gfn)
     return spte

@@ -125,7 +125,7 @@ def lock_free_range(call: Call, hpa: int, operand: int, sept_level: int) -> int:
     Source: helpers.c, check_and_lock_free_range_hpa.
     """
     if sept_level == 0:
-        return lock_page(call, hpa, operand, PT_NDA, exclusive=True)
+        return lock_page(call, hpa, operand, PT_NDA, True)
     pamt = call.module.pamt
     if hpa & (call.module.not_an_hpa | 0x1FFFFF):
         raise Refused(TDX_OPERAND_INVALID + operand)

@@ -6,6 +6,7 @@ import pytest
 
 from tdxlab.kvm.caches import CAPACITY
 from tdxlab.kvm.fault import (
+    __kvm_mmu_faultin_pfn,
     is_page_fault_stale,
     kvm_mmu_do_page_fault,
     kvm_mmu_faultin_pfn,
@@ -180,7 +181,7 @@ def test_kvm_mmu_faultin_pfn_kills_the_vm_when_the_gfn_has_the_shared_bit() -> N
     scene = td_scene()
     fault = a_fault(scene, GFN)
     fault.gfn |= scene.vm.gfn_direct_bits
-    assert run(kvm_mmu_faultin_pfn(scene.vcpu, fault)) == -EFAULT
+    assert kvm_mmu_faultin_pfn(scene.vcpu, fault) == -EFAULT
     assert scene.vm.vm_dead
     assert scene.vcpu.memory_fault is None
 
@@ -238,7 +239,9 @@ def test_kvm_mmu_faultin_pfn_limits_private_memory_to_4k() -> None:
     scene.add_slot(BASE, 0x400, KVM_MEM_GUEST_MEMFD)
     scene.set_private(BASE, BASE + 0x400)
     fault = a_fault(scene, GFN, PRIVATE_CODE)
-    assert run(kvm_mmu_faultin_pfn(scene.vcpu, fault)) == RET_PF_CONTINUE
+    assert fault.slot is not None
+    assert kvm_mmu_faultin_pfn(scene.vcpu, fault) == RET_PF_CONTINUE
+    assert __kvm_mmu_faultin_pfn(scene.vcpu, fault, fault.slot) == RET_PF_CONTINUE
     assert (fault.pfn, fault.max_level, fault.map_writable) == (PRIVATE_PFN + GFN, 1, True)
 
 
