@@ -55,3 +55,13 @@ def changed_cells(path: Path) -> list[str]:
     """Cells that show something else than what is saved: those that nbval would turn red."""
     now = run_all(path)
     return [name for name, text in saved(path).items() if now[name] != text]
+
+
+def turns_red(path: Path, name: str) -> bool:
+    """True if the cell shows something else than what is saved; cells behind it are not run."""
+    names: dict[str, Any] = {}
+    for cell in code_cells(path):
+        text = shown_by(cell.source, names)
+        if cell.id == name:
+            return text != saved(path)[name]
+    raise ValueError(f"{path.name} has no cell {name!r}")

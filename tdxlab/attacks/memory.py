@@ -26,6 +26,8 @@ from tdxlab.seam.sept import make_leaf
 
 #: A 4 KiB leaf that is mapped, readable, writable and executable.
 _MAPPED = make_leaf(MAPPED_BITS, 0)
+#: What the host would like the victim to read.
+FORGED = b"Your private key is now 0000000000000000, and everybody knows it"
 #: Another line that the victim writes in the course of some attacks.
 _NEWS = b"The key has changed; whoever still uses the old one is too late."
 
@@ -55,9 +57,8 @@ def compare_ciphertext(stage: Stage) -> Verdict:
 
 def write_private(stage: Stage) -> Verdict:
     """Write into the victim's page, and let the victim read it."""
-    forged = b"Your private key is now 0000000000000000, and everybody knows it"
-    stage.store(stage.data_hpa, forged)
-    return _judge_forgery(stage, stage.guest_read(), forged, CONTROL)
+    stage.store(stage.data_hpa, FORGED)
+    return _judge_forgery(stage, stage.guest_read(), FORGED, CONTROL)
 
 
 def replay_in_software(stage: Stage) -> Verdict:

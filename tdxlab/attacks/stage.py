@@ -76,6 +76,8 @@ class Move(Action):
     @property
     def answer(self) -> str:
         """What came of it, in a few words."""
+        if self.kind == "TDCALL" and not self.exited:
+            return said(self.result.status)
         return answer_text(self.result)
 
 
@@ -100,7 +102,7 @@ def answer_text(result: Any) -> str:
 def _outcome_text(outcome: GuestOutcome) -> str:
     reason = outcome.status & EXIT_REASON_MASK
     if not outcome.exited:
-        return said(outcome.status) if outcome.status else "#VE"
+        return "#VE"
     if is_fatal(outcome.status):
         return f"the TD is dead: {said(outcome.status)}"
     where = f" at GPA {outcome.registers.r8:#x}" if outcome.registers.r8 else ""

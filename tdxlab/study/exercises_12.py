@@ -77,7 +77,10 @@ def _blocks(gpaw: int, seed: int) -> Variant:
             )
         if given == LINE_SIZE:
             return "Not the whole line: look at the table of section 2 once more."
-        return f"AES takes {BLOCK} bytes at a time, from the beginning of the line on."
+        return (
+            "AES takes some bytes at a time, from the beginning of the line on. How many, the table "
+            "of section 2 shows; which of these blocks have a changed byte?"
+        )
 
     question = (
         f"The victim changes bytes {', '.join(map(str, places))} of a line (they count from 0), "
@@ -191,10 +194,10 @@ def _sequence(gpaw: int, seed: int) -> Variant:
 
     def hint(given: int) -> str:
         if not 0 <= given <= len(sequence):
-            return f"Give a number from 1 to {len(sequence)}, or 0 if all of them are done."
+            return "Give the number of one of these calls, or zero if all of them are done."
         return (
             "Two things are asked of a page that is removed: its entry is blocked, and an epoch "
-            "has begun since, with no vCPU inside that had entered before. TRACK asks something too."
+            "has begun since, with no vCPU inside that entered before. TRACK asks something too."
         )
 
     question = (
