@@ -29,8 +29,8 @@ SIZE_NAMES = ("4K", "2M", "1G")
 PAGES_PER_2M = SIZE_2M >> PAGE_SHIFT
 PAGES_PER_1G = SIZE_1G >> PAGE_SHIFT
 
-#: 512 entries that are free and not locked, with nothing stale in them.
-_ALL_FREE = bytes(16 * PAGES_PER_2M)
+#: 64 KiB of entries that are free and not locked, with nothing stale in them.
+_ALL_FREE = bytes(16 * PAGES_PER_2M << 3)
 
 #: Pages of 4 KiB in a page of each size code (4K 0, 2M 1, 1G 2).
 PAGES_OF_SIZE = (1, PAGES_PER_2M, PAGES_PER_1G)
@@ -52,7 +52,9 @@ TYPE_SHIFT = PamtWord.page_type.low
 _OWNER_UP = PamtWord.owner_pfn.low - PAGE_SHIFT
 _RESERVED = PT_RSVD << TYPE_SHIFT
 _RESERVED_ENTRY = (PT_RSVD << TYPE_SHIFT).to_bytes(8, "little") + bytes(8)
-_ALL_RESERVED = _RESERVED_ENTRY * PAGES_PER_2M
+_ALL_RESERVED = _RESERVED_ENTRY * (PAGES_PER_2M << 3)
+#: Words of the pieces in which the PAMT is looked through: 64 KiB, 8 KiB, 512 bytes.
+_PIECES = (PAGES_PER_2M << 4, PAGES_PER_2M << 1, PAGES_PER_2M >> 3)
 
 
 class PamtEntry(NamedTuple):
@@ -199,11 +201,21 @@ class Pamt:
     def _used_in_block(self, base: int, size: int) -> Iterator[PamtEntry]:
         first = self.entry(base, size)
         step = 1 << (PAGE_SHIFT + 9 * size)
-        count = SIZE_1G // step
-        for start in range(0, count, PAGES_PER_2M):
-            chunk = self.words.read(first + 2 * start, 2 * min(PAGES_PER_2M, count))
-            if chunk in (_ALL_FREE[: len(chunk)], _ALL_RESERVED[: len(chunk)]):
-                continue
-            for number in range(start, start + min(PAGES_PER_2M, count)):
-                if self.is_in_use(first + 2 * number):
-                    yield self.describe(base + number * step, size)
+        for entry in self._used_between(first, first + 2 * (SIZE_1G // step)):
+            yield self.describe(base + (entry - first >> 1) * step, size)
+
+    def _used_between(self, first: int, end: int) -> Iterator[int]:
+        """Indices of the entries in use from `first` up to `end`, ascending. What is free or
+        reserved as a whole is passed over in large pieces.
+        """
+        piece = next((words for words in _PIECES if words < end - first), 0)
+        if not piece:
+            for entry, word in enumerate(self.words.view[first:end:2].tolist()):
+                if word & (TYPE_MASK | LOCK_MASK) and word & TYPE_MASK != _RESERVED:
+                    yield first + 2 * entry
+            return
+        for start in range(first, end, piece):
+            behind = min(start + piece, end)
+            chunk = self.words.read(start, behind - start)
+            if chunk not in (_ALL_FREE[: len(chunk)], _ALL_RESERVED[: len(chunk)]):
+                yield from self._used_between(start, behind)
