@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Sel
 #: What the log notes of a key that was not there.
 ABSENT = object()
 _CHUNK = 4096
-_ZERO_CHUNK = bytes(_CHUNK)
+#: Memory is looked through in pieces of this size.
+_PIECE = 16 * _CHUNK
+_ZERO_PIECE = bytes(_PIECE)
 #: Linux: reserve address space without promising memory for all of it.
 _MAP_NORESERVE = 0x4000
 
@@ -241,10 +243,14 @@ class Words:
     def touched(self) -> Iterator[tuple[int, bytes]]:
         """(byte offset, content) of each 4 KiB chunk that is not all zero."""
         raw = self._raw[: self.extent * self.itemsize]
-        for offset in range(0, len(raw), _CHUNK):
-            chunk = bytes(raw[offset : offset + _CHUNK])
-            if chunk != _ZERO_CHUNK[: len(chunk)]:
-                yield offset, chunk
+        for start in range(0, len(raw), _PIECE):
+            piece = bytes(raw[start : start + _PIECE])
+            if piece == _ZERO_PIECE[: len(piece)]:
+                continue
+            for offset in range(0, len(piece), _CHUNK):
+                chunk = piece[offset : offset + _CHUNK]
+                if chunk != _ZERO_PIECE[: len(chunk)]:
+                    yield start + offset, chunk
 
     def pieces(self) -> Iterator[bytes]:
         """Everything a digest must see."""
