@@ -29,13 +29,16 @@ def _never(_result: Any) -> bool:
 class Actor(NamedTuple):
     """One operation of a scenario. start: makes its generator anew, not started. allowed: says of
     its result whether the scenario expects it. again: says of its result whether it has to start
-    over, as a fault has that returned RET_PF_RETRY.
+    over, as a fault has that returned RET_PF_RETRY. own: stores, or parts of stores, at which no
+    other actor looks that has something of its own too: a vCPU's registers, for example. An actor
+    without any may look at everything.
     """
 
     name: str
     start: Callable[[], Operation]
     allowed: Callable[[Any], bool] = _any_result
     again: Callable[[Any], bool] = _never
+    own: tuple[object, ...] = ()
 
 
 class Standing(NamedTuple):

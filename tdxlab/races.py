@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from errno import EFAULT
+from functools import partial
 from typing import Any, NamedTuple
 
 from tdxlab import invariants, tlb_races
@@ -19,12 +20,12 @@ from tdxlab.abi.leaves import TDH_MEM_PAGE_AUG
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import OPERAND_ID_RCX, TDX_OPERAND_BUSY
 from tdxlab.accesses import Accept, Read
-from tdxlab.arch import PAGE_SIZE, SIZE_2M
+from tdxlab.arch import PAGE_SIZE, SIZE_2M, WORDS_PER_PAGE
 from tdxlab.bare import BareMachine
 from tdxlab.crew import Actor, Fault
 from tdxlab.explore import BUDGET, Exploration, explore
 from tdxlab.invariants import InvariantBroken
-from tdxlab.journal import Words
+from tdxlab.journal import Row
 from tdxlab.kvm.fault import kvm_mmu_page_fault
 from tdxlab.kvm.host import KvmHost
 from tdxlab.kvm.injection import FailNth
@@ -36,10 +37,12 @@ from tdxlab.kvm.page_fault import (
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
 )
+from tdxlab.kvm.tdx import TdxVcpu
 from tdxlab.kvm.vm import Vm
 from tdxlab.machine import Machine
 from tdxlab.player import ROUND_ROBIN, RUN_BUDGET, Order, Played, Player
 from tdxlab.player import run as run_once
+from tdxlab.states import Part
 from tdxlab.steps import Operation, Step, run
 from tdxlab.vmm_run import RunResult
 from tdxlab.vmm_td import Td
@@ -79,12 +82,13 @@ class WholeCalls(Machine):
 
 class Race(NamedTuple):
     """Operations that meet on a machine. actors: in the order in which they are tried. vms: those
-    that are there at the beginning.
+    that are there at the beginning. watch: what checks the machine while it is explored.
     """
 
     machine: BareMachine
     actors: tuple[Actor, ...]
     vms: tuple[Vm, ...] = ()
+    watch: invariants.Watch | None = None
 
     @property
     def kernel(self) -> KvmHost | None:
@@ -103,7 +107,8 @@ class Race(NamedTuple):
             hpa = min(leaked)
             return Fault("leaked", f"the page {hpa:#x} is lost: {leaked[hpa]}")
         try:
-            invariants.check(self.machine, "alive" if ended else "always")
+            check = self.watch.check if self.watch else partial(invariants.check, self.machine)
+            check("alive" if ended else "always")
         except InvariantBroken as broken:
             return Fault(f"invariant {broken.number}: {broken.name}", broken.explanation)
         return None
@@ -115,7 +120,7 @@ class Race(NamedTuple):
         if self.kernel:
             found.append(self.kernel.counters)
         for vm in self.vms:
-            found += [w for v in vm.vcpus for w in vars(v).values() if isinstance(w, Words)]
+            found += [w for v in vm.vcpus for w in vars(v).values() if isinstance(w, Row)]
         return found
 
     @property
@@ -146,16 +151,20 @@ class Race(NamedTuple):
         progress: Callable[[int, int], None] | None = None,
     ) -> Exploration:
         """All schedules of the scenario; as `explore.explore`."""
-        return explore(
-            self.actors,
-            self.machine.journal,
-            self.check,
-            ignored=self.counters,
-            locks=self.locks,
-            hashing=hashing,
-            budget=budget,
-            progress=progress,
-        )
+        watch = invariants.Watch(self.machine)
+        try:
+            return explore(
+                self.actors,
+                self.machine.journal,
+                self._replace(watch=watch).check,
+                ignored=self.counters,
+                locks=self.locks,
+                hashing=hashing,
+                budget=budget,
+                progress=progress,
+            )
+        finally:
+            watch.close()
 
 
 class Scenario(NamedTuple):
@@ -195,6 +204,19 @@ def _machine(vcpus: int, kind: type[Machine] = Machine) -> tuple[Machine, Td]:
     return machine, td
 
 
+def _own(td: Td, number: int) -> tuple[object, ...]:
+    """What no other vCPU looks at: KVM's side of the vCPU, its pages in the module, and what its LP
+    has of its own.
+    """
+    vcpu, host = td.vcpu(number), td.host
+    assert isinstance(vcpu, TdxVcpu)
+    cpu, memory = host.hardware.cpu, host.memory
+    pages = (vcpu.vp.tdvpr, *vcpu.vp.tdcx)
+    frames = [Part(memory.words, memory.frame(hpa), WORDS_PER_PAGE) for hpa in pages]
+    of_the_lp = (cpu.inside, cpu.tdrs_inside, host.exits, host.ipis)
+    return (vcpu, cpu.tlbs[number], *frames, *(Part(store, number) for store in of_the_lp))
+
+
 def _fault_steps(td: Td, number: int, gpa: int) -> Generator[Step, None, int]:
     """A vCPU faults once on private memory, reading the memslots meanwhile, as after any exit."""
     srcu = td.vm.srcu
@@ -213,6 +235,7 @@ def _faulting(td: Td, number: int, gpa: int, *results: int) -> Actor:
         lambda: td.host.on_cpu(number, _fault_steps(td, number, gpa)),
         lambda result: result in allowed,
         lambda result: bool(result == RET_PF_RETRY),
+        _own(td, number),
     )
 
 
@@ -233,7 +256,7 @@ def _running(td: Td, number: int, program: list[Any]) -> Actor:
         return result.ok
 
     start = lambda: td.run_steps(list(program), vcpu=number)  # noqa: E731
-    return Actor(f"vCPU {number}", start, came_to_its_end)
+    return Actor(f"vCPU {number}", start, came_to_its_end, own=_own(td, number))
 
 
 def _map(td: Td, gpa: int) -> None:

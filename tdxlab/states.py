@@ -8,7 +8,7 @@ they turn up, so that a state is a set of small numbers: exact, and cheap to kee
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from tdxlab.journal import ABSENT, Change, Journal, Mark, Row, Words
 
@@ -18,6 +18,49 @@ CHUNK = 256
 Place = tuple[int, Hashable]
 #: Place -> number of what it holds, for each place that differs from the base.
 Differences = dict[Place, int]
+
+
+class Part(NamedTuple):
+    """Some of what a store keeps. store: a store, or an object with fields. key: of an entry, the
+    name of a field, or the number of the first of `length` words.
+    """
+
+    store: object
+    key: Hashable
+    length: int = 1
+
+
+class Places:
+    """Whole stores and parts of stores, to be asked whether a place is among them."""
+
+    def __init__(self, things: Iterable[object]) -> None:
+        self._whole: set[int] = set()
+        self._parts: set[Place] = set()
+        for thing in things:
+            if isinstance(thing, Part):
+                self._parts.update(_places_of(thing))
+            else:
+                self._whole |= containers_of(thing)
+
+    def __contains__(self, place: Place) -> bool:
+        return place[0] in self._whole or place in self._parts
+
+
+def _places_of(part: Part) -> Iterator[Place]:
+    """The places that lie within a part: of words, those that it fills."""
+    store, key, length = part
+    if not isinstance(store, Words):
+        yield id(vars(store)) if not isinstance(store, dict | Row) else _only(store), key
+        return
+    assert isinstance(key, int)
+    first, end = key * store.itemsize, (key + length) * store.itemsize
+    for chunk in range(-(-first // CHUNK), end // CHUNK):
+        yield _only(store), chunk
+
+
+def _only(store: object) -> int:
+    (container,) = containers_of(store)
+    return container
 
 
 def containers_of(thing: object) -> frozenset[int]:
@@ -38,9 +81,9 @@ def containers_of(thing: object) -> frozenset[int]:
 class States:
     """Tells states of a machine apart, as seen from the state in which this is made.
 
-    journal: the machine's; it is held at a mark, `base`, until `close`. ignored: stores, or
-    objects, whose content does not count, such as statistics. locks: likewise such as count, but
-    hold nothing that lasts.
+    journal: the machine's; it is held at a mark, `base`, until `close`. ignored: stores, parts of
+    stores, or objects, whose content does not count, such as statistics. locks: likewise such as
+    count, but hold nothing that lasts.
     """
 
     def __init__(
@@ -48,11 +91,11 @@ class States:
     ) -> None:
         self.journal = journal
         self.base: Mark = journal.mark()
-        self._ignored = frozenset(i for thing in ignored for i in containers_of(thing))
-        self._locks = frozenset(i for thing in locks for i in containers_of(thing))
+        self._ignored, self._locks = Places(ignored), Places(locks)
         self._numbers: dict[Hashable, int] = {}
-        #: number of a value at a place -> that place
+        #: number of a value at a place -> that place; -> the value, as the store keeps it
         self._place_of: dict[int, Place] = {}
+        self._stored: dict[int, Any] = {}
         self._at_base: dict[Place, Hashable] = {}
         #: containers met so far, by identity: words as bytes, dicts and lists
         self._bytes: dict[int, memoryview[int]] = {}
@@ -92,43 +135,67 @@ class States:
             return before, False
         after, lasting = dict(before), False
         for place in {place for change in changes for place in self._places(change)}:
-            value = self._value(place)
+            stored = self._now(place)
+            value = _as_value(stored)
             if value == self._base_value(place):
                 after.pop(place, None)
             else:
                 after[place] = number = self.number((place, value))
-                self._place_of[number] = place
+                self._place_of[number], self._stored[number] = place, stored
             if after.get(place) != before.get(place) and self._lasts(place):
                 lasting = True
         return after, lasting
 
     def _lasts(self, place: Place) -> bool:
-        return place[0] not in self._locks
+        return place not in self._locks
+
+    def place(self, number: int) -> Place:
+        """The place that holds the value of that number."""
+        return self._place_of[number]
+
+    def lasts(self, number: int) -> bool:
+        """True if the value of that number is not who holds a lock."""
+        return self._lasts(self._place_of[number])
+
+    def go_to(self, values: Iterable[int]) -> None:
+        """Let the machine be in the state whose differences have these values; counters, and what
+        else is ignored, are those of the base.
+        """
+        self.journal.rewind(self.base)
+        changes: list[Change] = []
+        for number in values:
+            container, key = self._place_of[number]
+            if container in self._bytes:
+                assert isinstance(key, int)
+                chunk = slice(key * CHUNK, (key + 1) * CHUNK)
+                changes.append((self._bytes[container], chunk, self._stored[number]))
+            else:
+                changes.append((self._tables[container], key, self._stored[number]))
+        self.journal.replay(changes)
 
     def _places(self, change: Change) -> Iterator[Place]:
         """The places that a change touched."""
         target, key, _ = change
         container = id(target.obj) if isinstance(target, memoryview) else id(target)
-        if container in self._ignored:
-            return
         if not isinstance(target, memoryview):
             self._tables[container] = target
-            yield container, key
+            if (container, key) not in self._ignored:
+                yield container, key
             return
         self._bytes.setdefault(container, memoryview(target.obj).cast("B"))
         first, last = _bytes_of(target, key)
         for chunk in range(first // CHUNK, last // CHUNK + 1):
-            yield container, chunk
+            if (container, chunk) not in self._ignored:
+                yield container, chunk
 
-    def _value(self, place: Place) -> Hashable:
-        """What a place holds now."""
+    def _now(self, place: Place) -> Any:
+        """What a place holds now, as the store keeps it."""
         container, key = place
         if container in self._bytes:
             assert isinstance(key, int)
             return bytes(self._bytes[container][key * CHUNK : (key + 1) * CHUNK])
         table: Any = self._tables[container]
-        found: Any = table.get(key, ABSENT) if isinstance(table, dict) else table[key]
-        return _as_value(found)
+        return table.get(key, ABSENT) if isinstance(table, dict) else table[key]
 
     def _base_value(self, place: Place) -> Hashable:
         """What a place held at the base."""

@@ -43,7 +43,9 @@ from typing import Literal, NamedTuple, get_args
 
 from tdxlab.bare import BareMachine
 from tdxlab.invariants import host_pages, keys_and_locks, mmu, pages, running
+from tdxlab.invariants.pamt_rows import PamtRows
 from tdxlab.invariants.picture import Picture
+from tdxlab.seam.pamt import PamtEntry
 
 Scope = Literal["always", "quiet", "alive"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -119,12 +121,35 @@ def check(machine: BareMachine, scope: Scope) -> None:
     scope: "always", "quiet" or "alive"; each includes the ones before it.
     Raises InvariantBroken for the first one that is broken. Refuses another scope: ValueError.
     """
+    _judge(machine, scope, None)
+
+
+def _judge(machine: BareMachine, scope: Scope, rows: list[PamtEntry] | None) -> None:
+    """As `check`; rows: the PAMT entries in use, if they are known."""
     if scope not in SCOPES:
         raise ValueError(f"there is no scope {scope!r}; choose one of {', '.join(SCOPES)}")
     if machine.module.halted:
         return
-    picture = Picture.of(machine)
+    picture = Picture.of(machine, rows)
     for invariant in INVARIANTS:
         if SCOPES.index(invariant.scope) <= SCOPES.index(scope):
             for fault in invariant.faults(picture):
                 raise InvariantBroken(invariant.number, invariant.name, fault)
+
+
+class Watch:
+    """Checks a machine again and again that is never far from the state in which this is made. The
+    PAMT is read as a whole once, and then only where something has changed since.
+    """
+
+    def __init__(self, machine: BareMachine) -> None:
+        self._machine = machine
+        self._rows = PamtRows(machine)
+
+    def close(self) -> None:
+        """Give up the mark at which this holds the machine's journal."""
+        self._rows.close()
+
+    def check(self, scope: Scope) -> None:
+        """As `invariants.check`."""
+        _judge(self._machine, scope, self._rows.now())

@@ -126,9 +126,12 @@ class Picture:
     host: HostPicture | None = None
 
     @classmethod
-    def of(cls, machine: BareMachine) -> Picture:
-        """Look at every PAMT entry, TD and vCPU in use."""
-        rows = list(machine.module.pamt.in_use())
+    def of(cls, machine: BareMachine, rows: list[PamtEntry] | None = None) -> Picture:
+        """Look at every PAMT entry, TD and vCPU in use. rows: the PAMT entries in use, if they are
+        known.
+        """
+        if rows is None:
+            rows = list(machine.module.pamt.in_use())
         tds = {r.hpa: TdPicture(machine, r.hpa) for r in rows if r.page_type == PT_TDR}
         owned: dict[int, list[PamtEntry]] = {tdr: [] for tdr in tds}
         for row in rows:
