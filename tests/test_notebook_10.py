@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,12 @@ from tdxlab.study.exercises import Variant
 from tdxlab.study.exercises_10 import EXERCISES
 from tdxlab.study.panel_teardown import NO_FAILURE, STATUSES, TIMES, TeardownPanel
 from tdxlab.study.teardown_lab import KEYID_FIRST, KEYID_LAST, RELEASE, Failure, TeardownLab
+from tests.exercise_checks import (
+    accepted_wrongs,
+    bad_advice,
+    different_questions,
+    faults_of_check,
+)
 from tests.notebook_cells import changed_cells, code_cells, run_all
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "10-teardown.ipynb"
@@ -193,37 +198,15 @@ def variant(number: str, *, gpaw: int = 48, seed: int = 0) -> Variant:
     return exercises.variant(number, gpaw=gpaw, seed=seed)
 
 
-def accepted_wrongs(number: str, seed: int, gpaw: int) -> list[Any]:
-    """Wrong answers that the check takes."""
-    right = variant(number, gpaw=gpaw, seed=seed).answer
-    wrongs = [wrong for wrong in WRONG[number] if wrong != right]
-    return [wrong for wrong in wrongs if check(number, wrong, gpaw=gpaw, seed=seed)]
-
-
 @pytest.mark.parametrize("number", NUMBERS)
 @WIDTHS
 def test_check_accepts_the_right_answer_and_refuses_wrong_ones(number: str, gpaw: int) -> None:
-    for seed in range(3):
-        right = variant(number, gpaw=gpaw, seed=seed).answer
-        assert check(number, right, gpaw=gpaw, seed=seed)
-        assert accepted_wrongs(number, seed, gpaw) == []
-
-
-def advised(number: str) -> Iterator[tuple[Any, str]]:
-    """(right answer, what a wrong one is told) for some seeds."""
-    for seed in range(3):
-        right = variant(number, seed=seed).answer
-        for wrong in WRONG[number]:
-            if wrong != right:
-                yield right, check(number, wrong, seed=seed).text
+    assert faults_of_check(number, WRONG[number], gpaw=gpaw) == []
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_wrong_answer_gets_advice_that_is_not_the_answer(number: str) -> None:
-    for right, text in advised(number):
-        assert len(text) > 40
-        if isinstance(right, int | str):
-            assert str(right) not in text.removeprefix(number)
+    assert bad_advice(number, WRONG[number]) == []
 
 
 @pytest.mark.parametrize("number", ["10.4", "10.6"])
@@ -247,9 +230,7 @@ def test_no_answer_is_no_mistake(number: str) -> None:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_seeds_give_variants_and_each_is_reproducible(number: str) -> None:
-    questions = {variant(number, seed=seed).question for seed in range(8)}
-    assert len(questions) >= 4
-    assert variant(number, seed=3).question == variant(number, seed=3).question
+    assert different_questions(number) >= 4
 
 
 # -- the notebook's cells, run in this process
@@ -304,7 +285,7 @@ def test_damage_turns_a_cell_red(
 
 def test_a_check_that_accepts_everything_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exercises, "is_right", lambda *_: True)
-    assert all(accepted_wrongs(number, 0, 48) for number in NUMBERS)
+    assert all(accepted_wrongs(number, WRONG[number], seed=0) for number in NUMBERS)
 
 
 def test_the_lab_can_be_left_in_the_middle_and_used_again() -> None:
