@@ -140,7 +140,8 @@ def leaves_map_pages_in_use(picture: Picture) -> Iterator[str]:
     """5: no table maps a page that was given back to the host."""
     for vm in picture.vms:
         for entry in vm.leaves:
-            if not vm.vm.is_mmio_pfn(entry.pfn) and not _is_out(picture, entry):
+            is_device = vm.vm.is_mmio_pfn is not None and vm.vm.is_mmio_pfn(entry.pfn)
+            if not is_device and not _is_out(picture, entry):
                 yield f"{entry} of {vm} maps the page {entry.pfn << PAGE_SHIFT:#x}, which is free"
 
 

@@ -208,7 +208,9 @@ def kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: PageFault) -> int:
         return -EFAULT
     if slot is None:
         return kvm_handle_noslot_fault(vcpu, fault)
-    if slot.flags & KVM_MEMSLOT_INVALID or mmu_invalidate_retry_gfn_unsafe(vm, seq, gfn):
+    if slot.flags & KVM_MEMSLOT_INVALID or (
+        vm.mmu_invalidate_in_progress and mmu_invalidate_retry_gfn_unsafe(vm, seq, gfn)
+    ):
         return RET_PF_RETRY
     return RET_PF_CONTINUE
 

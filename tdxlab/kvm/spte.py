@@ -285,7 +285,7 @@ def make_spte(
 
 def memory_type(vm: Vm, pfn: int) -> int:
     """The memory-type bits of a leaf. Source: vmx.c, vmx_get_mt_mask."""
-    if vm.is_mmio_pfn(pfn):
+    if vm.is_mmio_pfn is not None and vm.is_mmio_pfn(pfn):
         return MEMORY_TYPE_UC
     return MEMORY_TYPE_WB | (IGNORE_PAT_MASK if vm.config.ignore_guest_pat else 0)
 

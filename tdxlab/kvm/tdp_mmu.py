@@ -75,7 +75,8 @@ def kvm_tdp_mmu_map(vcpu: Vcpu, fault: PageFault) -> Doing:
     """
     vm = vcpu.vm
     root = tdp_mmu_get_root_for_fault(vcpu, fault)
-    kvm_mmu_hugepage_adjust(vcpu, fault)
+    if fault.max_level > 1 or fault.nx_huge_page_workaround_enabled:
+        kvm_mmu_hugepage_adjust(vcpu, fault)
     assert vm.mmu_lock.held(READ)
     it = TdpIter(vm, root, 1, fault.gfn, gfn_root_bits(vm, root))
     installed = 0

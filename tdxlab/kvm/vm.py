@@ -170,7 +170,8 @@ class Vm(Journalled):
     tdp_mmu_roots: HPAs of all roots, the newest first. sps: HPA of a table -> MmuPage.
     root_count: HPA of a root -> its refcount. listener: called with every event, a tuple
     (name, values...); None while nobody listens. need_resched: asked by walkers whether to yield;
-    None means never. is_mmio_pfn: says of a frame number whether it is a device's and not RAM.
+    None means never. is_mmio_pfn: says of a frame number whether it is a device's and not RAM;
+    None means never.
     vendor: runs the vCPUs. kick_vcpus: interrupts those in the guest after a request for all; None
     where nobody runs any. zap_batch: mirror pages that are removed together; 0: one by one, without
     blocked entries. slots, attributes, dirty, guest_memory, user_memory: see their files.
@@ -219,7 +220,7 @@ class Vm(Journalled):
         self.possible_nx_huge_pages = Table(journal)
         self.listener: Callable[[tuple[Any, ...]], None] | None = None
         self.need_resched: Callable[[], bool] | None = None
-        self.is_mmio_pfn: Callable[[int], bool] = lambda pfn: False
+        self.is_mmio_pfn: Callable[[int], bool] | None = None
         self._stats = Row(journal, len(VM_STATS))
         self._rcu_pending = Table(journal)
         self.vendor: Vendor = PlainVendor()

@@ -75,6 +75,8 @@ _FATAL, _LIFECYCLE, _NUM_TDCX = Tdr.FATAL, Tdr.LIFECYCLE, Tdr.NUM_TDCX
 _OP_STATE, _OP_STATE_LOCK = Tdcs.OP_STATE, Tdcs.OP_STATE_LOCK
 _EPTP, _GPAW, _SEPT_LOCK = Tdcs.EPTP, Tdcs.GPAW, Tdcs.SEPT_LOCK
 
+#: By level: the bits of a GPA below its frame.
+_BELOW = tuple((1 << 12 + 9 * sept_level) - 1 for sept_level in range(_LEVEL_MASK + 1))
 #: Bits of a GPA operand that hold neither level nor address.
 _PAGE_INFO_RESERVED = MASK64 & ~(HPA_MASK | _LEVEL_MASK)
 
@@ -161,7 +163,7 @@ def page_info(operand: int, lowest: int, highest: int) -> tuple[int, int]:
     if operand & _PAGE_INFO_RESERVED or not lowest <= sept_level <= highest:
         raise Refused(INVALID_RCX)
     gpa = operand & HPA_MASK
-    if gpa & ((1 << (12 + 9 * sept_level)) - 1):
+    if gpa & _BELOW[sept_level]:
         raise Refused(INVALID_RCX)
     return gpa, sept_level
 
@@ -225,10 +227,13 @@ def lock_septe(call: Call, place: sept.Place) -> sept.Place:
     details: OPERAND_BUSY.
     """
     word, _, septe = place
-    if not try_lock_septe(call, word):
-        refuse_entry(TDX_OPERAND_BUSY + OPERAND_ID_RCX, place)
-    if septe & HOST_PRIORITY:
+    if septe & (LOCKED | HOST_PRIORITY):
+        if not try_lock_septe(call, word):
+            refuse_entry(TDX_OPERAND_BUSY + OPERAND_ID_RCX, place)
         return place._replace(septe=septe & ~HOST_PRIORITY)
+    words = call.module.memory.words
+    words.cells[word] = septe | LOCKED
+    call.locks.append((_release_septe, words, word))
     return place
 
 

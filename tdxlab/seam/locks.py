@@ -18,16 +18,14 @@ EXCLUSIVE = 1
 HOST_PRIORITY = 2
 LOCK_MASK = 0xFFFF
 
-_HP_READER = 4
-_CONTENDED = EXCLUSIVE | HOST_PRIORITY
+HP_READER = 4
+CONTENDED = EXCLUSIVE | HOST_PRIORITY
 #: A parent in a PAMT: contended, or of another page type than PT_NDA (bits 23:16).
-_PARENT_IN_THE_WAY = _CONTENDED | 0xFF << 16
+PARENT_IN_THE_WAY = CONTENDED | 0xFF << 16
 _PLAIN_READER = 2
 
 #: Indices of the PAMT entries of one page: 1G, 2M, 4K.
 Path = tuple[int, int, int]
-#: What `try_path_hp` returns where it did nothing.
-IN_THE_WAY = -1
 
 
 def try_shared_hp(words: Words, index: int) -> bool:
@@ -36,9 +34,9 @@ def try_shared_hp(words: Words, index: int) -> bool:
     """
     word = words.view[index]
     if word & EXCLUSIVE:
-        words.cells[index] = (word + _HP_READER) | HOST_PRIORITY
+        words.cells[index] = (word + HP_READER) | HOST_PRIORITY
         return False
-    words.cells[index] = (word & ~HOST_PRIORITY) + _HP_READER
+    words.cells[index] = (word & ~HOST_PRIORITY) + HP_READER
     return True
 
 
@@ -59,55 +57,34 @@ def try_promote_hp(words: Words, index: int) -> bool:
     host leaves its wish in the host-priority bit.
     """
     word = words.view[index]
-    if word & LOCK_MASK & ~HOST_PRIORITY != _HP_READER:
+    if word & LOCK_MASK & ~HOST_PRIORITY != HP_READER:
         words.cells[index] = word | HOST_PRIORITY
         return False
     words.cells[index] = (word & ~LOCK_MASK) | EXCLUSIVE
     return True
 
 
-def try_path_hp(words: Words, path: Path, exclusive: bool) -> int:
-    """Take the three PAMT entries of one page at once: its 1G and 2M parents shared, its own as
-    asked. Returns what its own entry was.
-
-    Only where nothing is in the way, which is nearly always; else it returns IN_THE_WAY, nothing is
-    touched and the caller takes them one by one. In the way are a parent that is not PT_NDA, and
-    any sign of contention.
-    """
-    entry_1g, entry_2m, entry = path
-    view = words.view
-    word_1g, word_2m, word = view[entry_1g], view[entry_2m], view[entry]
-    contended = LOCK_MASK if exclusive else _CONTENDED
-    if (word_1g | word_2m) & _PARENT_IN_THE_WAY or word & contended:
-        return IN_THE_WAY
-    cells = words.cells
-    cells[entry_1g] = word_1g + _HP_READER
-    cells[entry_2m] = word_2m + _HP_READER
-    cells[entry] = word + (EXCLUSIVE if exclusive else _HP_READER)
-    return word
-
-
 def release_path_shared_hp(words: Words, path: Path) -> None:
-    """Let go of what `try_path_hp` took shared."""
+    """Let go of the three PAMT entries of one page, all of them shared."""
     view, cells = words.view, words.cells
     entry_1g, entry_2m, entry = path
-    cells[entry_1g] = view[entry_1g] - _HP_READER
-    cells[entry_2m] = view[entry_2m] - _HP_READER
-    cells[entry] = view[entry] - _HP_READER
+    cells[entry_1g] = view[entry_1g] - HP_READER
+    cells[entry_2m] = view[entry_2m] - HP_READER
+    cells[entry] = view[entry] - HP_READER
 
 
 def release_path_exclusive_hp(words: Words, path: Path) -> None:
-    """Let go of what `try_path_hp` took exclusively at the end."""
+    """Let go of the three PAMT entries of one page, the last of them exclusive."""
     view, cells = words.view, words.cells
     entry_1g, entry_2m, entry = path
-    cells[entry_1g] = view[entry_1g] - _HP_READER
-    cells[entry_2m] = view[entry_2m] - _HP_READER
+    cells[entry_1g] = view[entry_1g] - HP_READER
+    cells[entry_2m] = view[entry_2m] - HP_READER
     cells[entry] = view[entry] & ~(LOCK_MASK & ~HOST_PRIORITY)
 
 
 def release_shared_hp(words: Words, index: int) -> None:
     """Stop being a reader."""
-    words.cells[index] = words.view[index] - _HP_READER
+    words.cells[index] = words.view[index] - HP_READER
 
 
 def release_exclusive_hp(words: Words, index: int) -> None:
@@ -122,7 +99,7 @@ def guest_try_shared_hp(words: Words, index: int) -> bool:
     word = words.view[index]
     if word & (EXCLUSIVE | HOST_PRIORITY):
         return False
-    words.cells[index] = word + _HP_READER
+    words.cells[index] = word + HP_READER
     return True
 
 

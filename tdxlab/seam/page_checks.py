@@ -21,13 +21,16 @@ from tdxlab.abi.status import (
 from tdxlab.arch import PA_LIMIT
 from tdxlab.seam.call import Call, Refused
 from tdxlab.seam.locks import (
-    IN_THE_WAY,
+    CONTENDED,
+    EXCLUSIVE,
+    HP_READER,
+    LOCK_MASK,
+    PARENT_IN_THE_WAY,
     release_exclusive_hp,
     release_path_exclusive_hp,
     release_path_shared_hp,
     release_shared_hp,
     try_exclusive_hp,
-    try_path_hp,
     try_promote_hp,
     try_shared_hp,
 )
@@ -74,27 +77,31 @@ def lock_page(call: Call, hpa: int, operand: int, page_type: int, exclusive: boo
     """Take the 4 KiB page at `hpa`, which must be of `page_type`; returns its PAMT_4K entry.
 
     Refuses, all with `operand`: as `walk_pamt`; then PAGE_METADATA_INCORRECT (inside a bigger page,
-    or another type). Nearly every SEAMCALL comes here, nearly always with nothing in the way: then
-    the entries on the way are taken at once, to the same end.
+    or another type). Nearly every SEAMCALL comes here, and nearly always nothing is in the way, no
+    bigger page and no sign of contention: then the entries are taken in one go, to the same end.
     Source: helpers.c, check_and_lock_explicit_private_hpa.
     """
     module = call.module
-    words, block = module.pamt.words, module.pamt.blocks.get(hpa >> 30)
-    entry, word = 0, IN_THE_WAY
+    words = module.pamt.words
+    view, block = words.view, module.pamt.blocks.get(hpa >> 30)
     if block is not None and not hpa & module.not_an_hpa:
         entry_1g, first_2m, first_4k = block
-        entry = first_4k + (hpa >> 12 & 0x3FFFF) * 2
-        path = entry_1g, first_2m + (hpa >> 21 & 511) * 2, entry
-        word = try_path_hp(words, path, exclusive)
-    if word != IN_THE_WAY:
-        release = release_path_exclusive_hp if exclusive else release_path_shared_hp
-        call.locks.append((release, words, path))
-    else:
-        entry, size = walk_pamt(call, hpa, operand, exclusive)
-        word = words.view[entry]
-        if size:
-            raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
-    if (word & TYPE_MASK) >> TYPE_SHIFT != page_type:
+        entry_2m = first_2m + (hpa >> 21 & 511) * 2
+        entry: int = first_4k + (hpa >> 12 & 0x3FFFF) * 2
+        word_1g, word_2m, word = view[entry_1g], view[entry_2m], view[entry]
+        contended = LOCK_MASK if exclusive else CONTENDED
+        if not (word_1g | word_2m) & PARENT_IN_THE_WAY and not word & contended:
+            cells = words.cells
+            cells[entry_1g] = word_1g + HP_READER
+            cells[entry_2m] = word_2m + HP_READER
+            cells[entry] = word + (EXCLUSIVE if exclusive else HP_READER)
+            release = release_path_exclusive_hp if exclusive else release_path_shared_hp
+            call.locks.append((release, words, (entry_1g, entry_2m, entry)))
+            if (word & TYPE_MASK) >> TYPE_SHIFT != page_type:
+                raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
+            return entry
+    entry, size = walk_pamt(call, hpa, operand, exclusive)
+    if size or (view[entry] & TYPE_MASK) >> TYPE_SHIFT != page_type:
         raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
     return entry
 

@@ -96,7 +96,10 @@ def tdh_mem_page_aug(call: Call) -> Operation:
     td, gpa, place = begin_mem(call, 0, 1)
     require_sept_state(call, place)
     word, sept_level, _ = place
-    entry = lock_free_range(call, hpa, OPERAND_ID_R8, sept_level)
+    if sept_level == 0:
+        entry = lock_page(call, hpa, OPERAND_ID_R8, PT_NDA, True)
+    else:
+        entry = lock_free_range(call, hpa, OPERAND_ID_R8, sept_level)
     yield ("TDH.MEM.PAGE.AUG", tdr, gpa, sept_level, hpa)
     # -- effects: nothing below may fail
     module.memory.words.cells[word] = sept.PENDING_LEAF | hpa
