@@ -103,4 +103,4 @@ def kvm_round(bench: KvmBench, pages: int = PAGES) -> dict[str, float]:
 
     for number in range(0, pages, _GFNS):
         bench.fault(number * PAGE_SIZE)
-    return {"fault": best_slice(fault, pages), "convert": best_slice(convert, pages)}
+    return {"fault": best_slice(fault, pages), "convert": best_slice(convert, pages, _GFNS)}

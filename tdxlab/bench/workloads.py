@@ -23,7 +23,8 @@ from tdxlab.host_td import HostTd
 #: Guest memory that is mapped and unmapped, and the first HPA that it is given.
 GUEST_BASE = 4 * SIZE_1G
 PAGES = 20_480
-SLICE = 1024
+#: Pages of one measured slice: a few milliseconds.
+SLICE = 128
 POOL_OFFSET = 256 << 20
 
 #: Where the baseline finds the parameters of its TD.
@@ -157,14 +158,14 @@ def measure(bench: Bench, work: Work, pages: int = PAGES) -> float:
     return best_slice(lambda page: work(bench, page * PAGE_SIZE), pages)
 
 
-def best_slice(work: Callable[[int], None], pages: int) -> float:
-    """CPU seconds a page for `work` on pages 0 to `pages` - 1: the best slice of SLICE pages.
+def best_slice(work: Callable[[int], None], pages: int, size: int = SLICE) -> float:
+    """CPU seconds a page for `work` on pages 0 to `pages` - 1: the best slice of `size` pages.
 
     A slice is short enough that one of them goes undisturbed on a machine that does other things.
     """
     best = float("inf")
-    for first in range(0, pages, SLICE):
-        last = min(first + SLICE, pages)
+    for first in range(0, pages, size):
+        last = min(first + size, pages)
         start = time.process_time()
         for page in range(first, last):
             work(page)

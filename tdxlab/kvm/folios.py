@@ -50,32 +50,42 @@ def as_folio(word: int) -> Folio:
 
 
 class Folios:
-    """The pages of all files of one VM. limit: chunks of 512 pages that can be used in all."""
+    """The pages of all files of one VM. limit: chunks of 512 pages that can be used in all.
+
+    words: one for each page; `place` says where.
+    """
 
     def __init__(self, journal: Journal, limit: int) -> None:
-        self._words = Words(journal, limit << _CHUNK_SHIFT, sparse=True)
-        self._words.extent = 0
+        self.words = Words(journal, limit << _CHUNK_SHIFT, sparse=True)
+        self.words.extent = 0
         #: (file, index >> 9) -> word of the chunk's first page
         self._chunks = Table(journal)
 
     def get(self, gmem: int, index: int) -> int:
         """The word of page `index` of a file, 0 if the file has no such page."""
         base = self._chunks.get((gmem, index >> _CHUNK_SHIFT))
-        return 0 if base is None else self._words.view[base + (index & _LAST)]
+        return 0 if base is None else self.words.view[base + (index & _LAST)]
 
-    def put(self, gmem: int, index: int, word: int) -> None:
-        """Set the word of page `index` of a file; 0 takes the page out of it."""
+    def place(self, gmem: int, index: int) -> int:
+        """Where in `words` the word of page `index` of a file is, which is 0 without such a page.
+
+        Raises MemoryError where no room is left for the page's chunk.
+        """
         base = self._chunks.get((gmem, index >> _CHUNK_SHIFT))
         if base is None:
             base = self._add_chunk(gmem, index >> _CHUNK_SHIFT)
-        self._words.cells[base + (index & _LAST)] = word
+        return int(base + (index & _LAST))
+
+    def put(self, gmem: int, index: int, word: int) -> None:
+        """Set the word of page `index` of a file; 0 takes the page out of it."""
+        self.words.put(self.place(gmem, index), word)
 
     def _add_chunk(self, gmem: int, chunk: int) -> int:
         base = len(self._chunks) << _CHUNK_SHIFT
-        if base >= len(self._words):
+        if base >= len(self.words):
             raise MemoryError(f"guest_memfd: {len(self._chunks)} ranges of 2 MiB are in use")
         self._chunks.put((gmem, chunk), base)
-        self._words.extent = max(self._words.extent, base + _CHUNK)
+        self.words.extent = max(self.words.extent, base + _CHUNK)
         return base
 
     def pages(self, gmem: int, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -83,7 +93,7 @@ class Folios:
         for chunk in self._chunks_of(gmem, start >> _CHUNK_SHIFT, end - 1 >> _CHUNK_SHIFT):
             base, first = self._chunks[gmem, chunk], chunk << _CHUNK_SHIFT
             low, high = max(start - first, 0), min(end - first, _CHUNK)
-            words = self._words.view[base + low : base + high].tolist()
+            words = self.words.view[base + low : base + high].tolist()
             yield from ((first + low + place, word) for place, word in enumerate(words) if word)
 
     def _chunks_of(self, gmem: int, first: int, last: int) -> list[int]:
@@ -94,5 +104,5 @@ class Folios:
 
     def all(self) -> Iterator[int]:
         """The words of all pages of all files."""
-        used = self._words.view[: len(self._chunks) << _CHUNK_SHIFT].tolist()
+        used = self.words.view[: len(self._chunks) << _CHUNK_SHIFT].tolist()
         return (word for word in used if word)

@@ -147,12 +147,16 @@ class GuestMemfds(Journalled):
         -EFAULT: the file is released; -EIO: no slot is bound there; -ENOMEM; -EHWPOISON.
         Source: kvm_gmem_get_pfn, kvm_gmem_prepare_folio.
         """
-        word = self._lookup(gmem, index) or self._new_folio()
+        place = self._place(gmem, index)
+        if place < 0:
+            return place
+        words = self._folios.words
+        word = words.view[place] or self._new_folio()
         if word < 0:
             return word
         if not word & PREPARED:
             self.vm.memory.write_page(word & FOLIO_HPA, ZERO_PAGE, 0)
-            self._folios.put(gmem, index, word | PREPARED)
+            words.cells[place] = word | PREPARED
         return (word & FOLIO_HPA) >> PAGE_SHIFT
 
     def get_page(self, pfn: int) -> None:
@@ -211,17 +215,20 @@ class GuestMemfds(Journalled):
     def _populate_one(self, slot: Slot, gfn: int, number: int, fill: PostPopulate) -> Doing:
         """One page of `populate`; returns 0 or -errno."""
         index = slot.gfn_to_gmem_index(gfn)
-        word = self._lookup(slot.gmem, index) or self._new_folio()
+        place, words = self._place(slot.gmem, index), self._folios.words
+        if place < 0:
+            return place
+        word = words.view[place] or self._new_folio()
         if word < 0:
             return word
         if word & PREPARED:
             return -EEXIST
-        self._folios.put(slot.gmem, index, word)
+        words.put(place, word)
         if not self.vm.attributes.is_private(gfn):
             return -EINVAL
         ret = yield from fill(gfn, as_folio(word).pfn, number)
         if not ret:
-            self._folios.put(slot.gmem, index, word | PREPARED)
+            words.put(place, word | PREPARED)
         return ret
 
     # -- taking pages away
@@ -314,9 +321,9 @@ class GuestMemfds(Journalled):
 
     # -- folios
 
-    def _lookup(self, gmem: int, index: int) -> int:
-        """The FolioWord of a page, 0 if the file has no such page yet; -errno if a fault may not
-        have it.
+    def _place(self, gmem: int, index: int) -> int:
+        """Where the FolioWord of a page is in the words of `_folios`; -errno if a fault may not
+        have the page.
 
         Source: __kvm_gmem_get_pfn, kvm_gmem_get_folio.
         """
@@ -329,8 +336,8 @@ class GuestMemfds(Journalled):
         else:
             self.vm.warn(f"__kvm_gmem_get_pfn: no slot is bound to page {index} of file {gmem}")
             return -EIO
-        word = self._folios.get(gmem, index)
-        return -EHWPOISON if word & POISONED else word
+        place = self._folios.place(gmem, index)
+        return -EHWPOISON if self._folios.words.view[place] & POISONED else place
 
     def _new_folio(self) -> int:
         """The FolioWord of a page that is in no file yet, -ENOMEM without one."""

@@ -21,6 +21,9 @@ from tdxlab.steps import Step
 MAX_ROOT_LEVEL = 5
 
 _LAST = ENTRIES_PER_TABLE - 1
+#: By level: how far a gfn is shifted to find its index, and the bits of it that an entry has.
+_SHIFT = (0, *(LEVEL_BITS * level for level in range(MAX_ROOT_LEVEL)))
+_FIRST = tuple(-1 << shift for shift in _SHIFT)
 _SMM = Role.smm.mask
 _LINK_BITS = SPTE_MMU_PRESENT_MASK | PT_PAGE_SIZE_MASK
 
@@ -47,7 +50,6 @@ class TdpIter:
         "next_last_level_gfn",
         "old_spte",
         "root",
-        "root_level",
         "valid",
         "vm",
         "word",
@@ -63,7 +65,7 @@ class TdpIter:
         role = root.role
         self.vm = vm
         self.root = root
-        self.root_level = self.level = role & LEVEL_MASK
+        self.level = level = role & LEVEL_MASK
         self.min_level = min_level
         self.gfn = self.next_last_level_gfn = self.yielded_gfn = gfn
         self.gfn_bits = gfn_bits
@@ -73,7 +75,7 @@ class TdpIter:
         self.old_spte = 0
         self.yielded = False
         self.valid = True
-        if not 1 <= self.root_level <= MAX_ROOT_LEVEL or (gfn_bits and gfn >= gfn_bits):
+        if not 1 <= level <= MAX_ROOT_LEVEL or (gfn_bits and gfn >= gfn_bits):
             vm.warn(f"tdp_iter_start: gfn {gfn:#x} or its root's level cannot be walked")
             self.valid = False
 
@@ -88,17 +90,16 @@ class TdpIter:
         """
         memory, gfn = self.vm.memory, self.next_last_level_gfn
         view, frames = memory.words.view, memory.frames
-        place, word = gfn | self.gfn_bits, self.word
-        shift, last = LEVEL_BITS * (self.level - 1), LEVEL_BITS * (goal - 1)
+        place, word, level = gfn | self.gfn_bits, self.word, self.level
         if word < 0:
-            word = frames[self.root.spt] + (place >> shift & _LAST)
+            word = frames[self.root.spt] + (place >> _SHIFT[level] & _LAST)
         spte = view[word]
-        while shift != last and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
-            shift -= LEVEL_BITS
-            word = frames[spte & HPA_MASK] + (place >> shift & _LAST)
+        while level != goal and spte & _LINK_BITS == SPTE_MMU_PRESENT_MASK:
+            level -= 1
+            word = frames[spte & HPA_MASK] + (place >> _SHIFT[level] & _LAST)
             spte = view[word]
-        self.gfn, self.word, self.old_spte = gfn >> shift << shift, word, spte
-        self.level = shift // LEVEL_BITS + 1
+        self.gfn, self.level = gfn & _FIRST[level], level
+        self.word, self.old_spte = word, spte
 
     def walk(self, end: int) -> Iterator[TdpIter]:
         """Go on to each entry in turn and give this iterator, while its gfn is below `end`.
@@ -107,7 +108,7 @@ class TdpIter:
         """
         memory = self.vm.memory
         view, frames = memory.words.view, memory.frames
-        gfn_bits, root_level = self.gfn_bits, self.root_level
+        gfn_bits, root_level = self.gfn_bits, self.root.role & LEVEL_MASK
         lowest = self.min_level if self.min_level <= root_level else 1
         goal = self.next_last_level_gfn
         table = [0] * (root_level + 1)  # word index of the table at each level
