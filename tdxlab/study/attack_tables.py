@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from tdxlab import dram, views
+from tdxlab import views
 from tdxlab.attacks import ATTACKS, LACKS, Report, attack
 from tdxlab.attacks.command import move_text
 from tdxlab.attacks.stage import DATA, HOST_KEYID, SECRET, Move, Stage, answer_text
@@ -277,12 +277,3 @@ def count_alike(stage: Stage) -> int:
     """Bytes of the data page that the memory holds as the victim wrote them."""
     held = held_page(stage.machine.memory, stage.data_hpa)
     return sum(a == b for a, b in zip(held, DATA, strict=True))
-
-
-def probe_rows(line: dram.Line) -> list[PlaceRow]:
-    """A line as a probe takes it down."""
-    return [
-        PlaceRow("ciphertext", line.ciphertext[:BLOCK].hex(" ") + " ..."),
-        PlaceRow("TD-owner bit", str(int(line.td_owned))),
-        PlaceRow("MAC", line.mac.hex() or "none"),
-    ]

@@ -78,8 +78,8 @@ def _blocks(gpaw: int, seed: int) -> Variant:
         if given == LINE_SIZE:
             return "Not the whole line: look at the table of section 2 once more."
         return (
-            "AES takes some bytes at a time, from the beginning of the line on. How many, the table "
-            "of section 2 shows; which of these blocks have a changed byte?"
+            "AES takes some bytes at a time, from the beginning of the line on. How many, the "
+            "table of section 2 shows; which of these blocks have a changed byte?"
         )
 
     question = (
