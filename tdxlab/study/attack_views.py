@@ -37,7 +37,7 @@ from tdxlab.study.palette import (
     YELLOW,
     Look,
 )
-from tdxlab.study.show import Drawing, Picture, Table
+from tdxlab.study.show import Drawing, Picture
 from tdxlab.study.svg import count_text, drawing, text, tile
 
 _CELL, _ROW, _LEFT, _COLUMNS = 23, 18, 4, 16
@@ -147,9 +147,11 @@ def move_list(moves: Sequence[Move], position: int) -> str:
     return f'<ol style="{style}">{"".join(items)}</ol>'
 
 
-def place_table(stage: Stage) -> str:
-    """What module and CPU have of the page."""
-    return Table(place_rows(stage))._repr_html_()
+def place_list(stage: Stage) -> str:
+    """What module and CPU have of the page, in a line each."""
+    items = [f"<li>{escape(row.what)}: {escape(row.value)}</li>" for row in place_rows(stage)]
+    style = "font-size:12px;line-height:1.35;margin:4px 0 0 16px;padding:0"
+    return f'<ul style="{style}">{"".join(items)}</ul>'
 
 
 def line_drawing(stage: Stage) -> Drawing:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from tdxlab.attacks import ATTACKS, LACKS
 from tdxlab.study.attack_lab import AttackLab
 from tdxlab.study.attack_tables import NOT_STOPPED, POISONED, count_alike, held_page, owners
-from tdxlab.study.attack_views import line_svg, move_list, owner_svg, place_table, plot_pages
+from tdxlab.study.attack_views import line_svg, move_list, owner_svg, place_list, plot_pages
 from tdxlab.study.panels import Panel
 from tdxlab.study.plots import side_by_side
 
@@ -68,13 +68,14 @@ class AttackPanel(Panel):
     # -- what the base class asks for
 
     def views(self) -> dict[str, str]:
-        """The moves, the secret's line, the page's lines, and what module and CPU have of it."""
+        """The moves; the secret's line; the page's lines, with what module and CPU have of it."""
         stage = self.lab.stage
         return {
             "What is tried": move_list(self.lab.report.moves, self.tape.position),
             "The line with the secret": line_svg(stage),
-            "Whose the 64 lines of the page are": owner_svg(stage),
-            "The page for module and CPU": place_table(stage),
+            "Whose the page's lines are, and what is known of it": (
+                owner_svg(stage) + place_list(stage)
+            ),
         }
 
     def summary(self) -> str:
