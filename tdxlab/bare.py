@@ -93,7 +93,7 @@ class BareMachine:
             )
         self.memory.require_ram(hpa, PAGE_SIZE)
         self.memory.clear_page(hpa)
-        self.module.notice_store(hpa, PAGE_SIZE)
+        self.module.notice_page(hpa)
 
     # -- the guest
 

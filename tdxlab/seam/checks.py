@@ -72,6 +72,7 @@ _LEVEL_MASK = 7
 
 #: Words that nearly every SEAMCALL looks at, so that they are not looked up in their class.
 _FATAL, _LIFECYCLE, _NUM_TDCX = Tdr.FATAL, Tdr.LIFECYCLE, Tdr.NUM_TDCX
+_TDCX_PA = Tdr.TDCX_PA
 _OP_STATE, _OP_STATE_LOCK = Tdcs.OP_STATE, Tdcs.OP_STATE_LOCK
 _EPTP, _GPAW, _SEPT_LOCK = Tdcs.EPTP, Tdcs.GPAW, Tdcs.SEPT_LOCK
 
@@ -125,8 +126,8 @@ def open_tdcs(call: Call, td: Td, lock: bool = True) -> None:
         raise Refused(TDX_TD_KEYS_NOT_CONFIGURED)
     if view[page + _NUM_TDCX] < MIN_TDCX:
         raise Refused(TDX_TDCS_NOT_ALLOCATED)
-    td.map_tdcs(memory)
-    tdcs = td.tdcs
+    td.tdcs_hpa = hpa = view[page + _TDCX_PA] & memory.page_mask  # as td.map_tdcs, less deeply
+    td.tdcs = tdcs = memory.frames[hpa]
     if lock:
         index = tdcs + _OP_STATE_LOCK
         if not try_shared_hp(words, index):

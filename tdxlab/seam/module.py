@@ -177,8 +177,8 @@ class Module:
         inputs = registers.as_dict() if trace.logging else None
         leaf, status = LEAVES.get(rax), TDX_SUCCESS
         if leaf is None or self._end or self.system.view[_STATE] != SYS_READY:
-            leaf, status = LEAVES.get(rax & 0xFFFF), self._refuse_early(rax)
-        if leaf is not None and status == TDX_SUCCESS:
+            leaf, status = self._early(rax)
+        if leaf is not None:
             call = Call(self, lp, rax & 0xFFFF, rax >> 16, registers)
             try:
                 for _ in leaf(call):
@@ -207,8 +207,8 @@ class Module:
         inputs = registers.as_dict() if trace.logging else None
         leaf, status = LEAVES.get(rax), TDX_SUCCESS
         if leaf is None or self._end or self.system.view[_STATE] != SYS_READY:
-            leaf, status = LEAVES.get(rax & 0xFFFF), self._refuse_early(rax)
-        if leaf is not None and status == TDX_SUCCESS:
+            leaf, status = self._early(rax)
+        if leaf is not None:
             call = Call(self, lp, rax & 0xFFFF, rax >> 16, registers)
             try:
                 for step in leaf(call):
@@ -232,6 +232,11 @@ class Module:
     ) -> None:
         outputs = registers.as_dict()
         self.trace.record(Event("SEAMCALL", lp, rax & 0xFFFF, inputs, status, outputs))
+
+    def _early(self, rax: int) -> tuple[Leaf | None, int]:
+        """The leaf to go on with, None if the dispatcher refuses, and its status."""
+        status = self._refuse_early(rax)
+        return (None if status else LEAVES[rax & 0xFFFF]), status
 
     def _refuse_early(self, rax: int) -> int:
         """The dispatcher's own checks; they touch no register. Returns TDX_SUCCESS to go on.
@@ -278,13 +283,15 @@ class Module:
         Differs: the real module halts when it next reads what was overwritten, a machine check. A
         machine without encryption does not notice, and its structures are garbage.
         """
-        if not self.memory.encrypted:
-            return
         for page in range(hpa & -PAGE_SIZE, hpa + size, PAGE_SIZE):
-            page_type = self.pamt.type_of(page)
-            if page_type in CONTROL_PAGE_TYPES:
-                name = PAGE_TYPE_NAMES[page_type]
-                self.halted = f"the host overwrote the module's page {page:#x} ({name})"
+            self.notice_page(page)
+
+    def notice_page(self, hpa: int) -> None:
+        """As `notice_store`, of the page at `hpa`."""
+        page_type = self.pamt.type_of(hpa)
+        if page_type in CONTROL_PAGE_TYPES and self.memory.encrypted:
+            name = PAGE_TYPE_NAMES[page_type]
+            self.halted = f"the host overwrote the module's page {hpa:#x} ({name})"
 
     # -- the guest's door
 

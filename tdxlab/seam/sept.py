@@ -63,6 +63,10 @@ FREE_PAGE = FREE_ENTRY.to_bytes(8, "little") * WORDS_PER_PAGE
 #: A PENDING leaf without its address.
 PENDING_LEAF = SUPPRESS_VE | PENDING_BITS | _WRITE_BACK
 
+#: By sept_level: how far a GPA is shifted to find its index, and the bits of a leaf's HPA.
+_SHIFT = tuple(12 + 9 * sept_level for sept_level in range(8))
+_LEAF_HPA = tuple(HPA_MASK & -1 << shift for shift in _SHIFT)
+
 #: Between 0 and LEAF under this mask: the walk goes on below.
 _LEAF_OR_RWX = LEAF | EPT_RWX
 
@@ -105,7 +109,7 @@ def remake(place: Place, state_bits: int) -> int:
 def leaf_hpa(place: Place) -> int:
     """HPA of the page that a leaf maps; an accept counter in the low address bits is left out."""
     _, sept_level, septe = place
-    return septe & HPA_MASK & -1 << (12 + 9 * sept_level)
+    return septe & _LEAF_HPA[sept_level]
 
 
 def is_pending(septe: int) -> bool:
@@ -138,15 +142,13 @@ def walk(memory: Memory, eptp: int, gpa: int, sept_level: int) -> Place:
     """
     view = memory.words.view
     frames = memory.frames
-    last = 12 + 9 * sept_level
-    shift = 12 + 9 * (eptp >> 3 & 7)
-    word = frames[eptp & HPA_MASK] + (gpa >> shift & 511)
+    level = eptp >> 3 & 7
+    word = frames[eptp & HPA_MASK] + (gpa >> _SHIFT[level] & 511)
     septe = view[word]
-    while shift != last and 0 < septe & _LEAF_OR_RWX < LEAF:
-        shift -= 9
-        word = frames[septe & HPA_MASK] + (gpa >> shift & 511)
+    while level != sept_level and 0 < septe & _LEAF_OR_RWX < LEAF:
+        level -= 1
+        word = frames[septe & HPA_MASK] + (gpa >> _SHIFT[level] & 511)
         septe = view[word]
-    level = sept_level if shift == last else (shift - 12) // 9
     return tuple.__new__(Place, (word, level, septe))  # Place(...), called less deeply
 
 
