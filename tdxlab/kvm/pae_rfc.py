@@ -76,6 +76,7 @@ class HeaderRoot:
         if hpa == NO_PAGE:
             return -ENOMEM
         vm.count("roots_allocated")
+        vm.fill_table(hpa, 0)
         if not vm.params.tdp_enabled and "decrypt" not in vm.params.forget:
             vm.set_memory_decrypted(hpa)
         vm.fill_table(hpa, 0)

@@ -14,6 +14,7 @@ from tdxlab.kvm.shadow import (
     kvm_mmu_page_fault,
     kvm_unmap_gfn,
     shadow_leaf,
+    zap_page,
 )
 from tdxlab.kvm.shadow_pages import shadowing
 from tdxlab.kvm.shadow_params import DESIGNS
@@ -264,3 +265,54 @@ def test_access_in_the_middle_holds_the_lock_that_others_need() -> None:
             assert scene.vm.mmu_lock.written
     assert "set SPTE" in labels
     assert not scene.vm.mmu_lock.written
+
+
+# -- pages that are found again
+
+
+def test_get_shadow_page_brings_a_page_into_line_that_was_not_linked_at_the_flush() -> None:
+    scene = mapped()
+    scene.put(0x3000, 4, 0x6000 | RWU)
+    for va in (0x3000, 0x4000):
+        assert scene.access(va).kind == OK
+    scene.guest_put(0x2000, 0, 0)
+    assert scene.guest_put(0x3000, 4, 0x7000 | RWU) == "direct"
+    run(set_cr3(scene.vcpu, scene.cr3))
+    scene.access(0x8000)
+    scene.guest_put(0x2000, 0, 0x3000 | RWU)
+    for va in (0x3000, 0x4000):
+        assert scene.access(va).hpa == scene.expected(va)
+
+
+def test_get_shadow_page_zaps_what_is_out_of_sync_when_the_table_becomes_a_directory() -> None:
+    scene = mapped()
+    scene.access(0x3000)
+    scene.guest_put(0x3000, 9, 0x7000 | RWU)
+    assert [sp.level for sp in shadowing(scene.vm, 3)] == [1]
+    scene.cr3 = 0x3000
+    run(set_cr3(scene.vcpu, 0x3000))
+    scene.access(0)
+    assert {sp.level for sp in shadowing(scene.vm, 3)} == {2}
+    assert complaints(scene.vm) == []
+
+
+def test_prepare_zap_page_takes_pages_out_of_sync_along() -> None:
+    scene = mapped()
+    scene.access(0x3000)
+    scene.guest_put(0x3000, 9, 0x7000 | RWU)
+    directory = next(sp for sp in shadowing(scene.vm, 2) if not Role(sp.role).quadrant)
+    run(zap_page(scene.vm, directory.spt))
+    assert shadowing(scene.vm, 3) == []
+    assert complaints(scene.vm) == []
+
+
+def test_a_large_page_that_becomes_writable_gets_a_table_of_its_own() -> None:
+    scene = Scene(2, cr3=0x2000)
+    scene.put(0x2000, 0, LARGE | 5)
+    scene.put(0x2000, 1, LARGE | RWU)
+    scene.turn_on()
+    read_only, writable = 0x5000, 0x40_5000
+    assert scene.access(read_only).hpa == scene.access(writable).hpa
+    assert scene.access(writable, write=True).kind == OK
+    assert scene.access(read_only, write=True).kind == GUEST_FAULT
+    assert complaints(scene.vm) == []

@@ -24,9 +24,11 @@ from tdxlab.kvm.shadow_run import (
 )
 from tdxlab.steps import run
 
-TABLES = range(0x1000, 0x9000, 0x1000)
+DIRECTORIES = range(0x1000, 0x4000, 0x1000)
+TABLES = range(0x4000, 0x8000, 0x1000)
+DATA = range(0x10000, 0x14000, 0x1000)
 PDPTS = (0x9020, 0x9040, 0xA000)
-STEPS = 90
+STEPS = 120
 #: (levels, parameters): every kind of guest, encryption, both widths' ends, every use.
 KINDS = [
     (0, {}),
@@ -50,7 +52,7 @@ class Story:
 
     def __init__(self, design: str, levels: int, params: dict[str, object], seed: int) -> None:
         self.dice = random.Random(seed)
-        cr3 = PDPTS[0] if levels == 3 else TABLES[0]
+        cr3 = PDPTS[0] if levels == 3 else DIRECTORIES[0]
         memory_map = small_map(normal=400, guest=64)
         self.scene = Scene(levels, design=design, vcpus=2, cr3=cr3, memory_map=memory_map, **params)
         self.levels = levels
@@ -58,35 +60,43 @@ class Story:
         choose = self.dice.choice
         self.vas = [
             choose(range(4)) << 30
-            | choose((0, 1, 255, 256, 511)) << 21
-            | choose((0, 1, 511)) << 12
+            | choose((0, 1, 511)) << 21
+            | choose((0, 511)) << 12
             | self.dice.randrange(4096)
-            for _ in range(10)
+            for _ in range(8)
         ]
         for pdpt in PDPTS if levels == 3 else ():
             for index in range(4):
-                self.scene.put(pdpt, index, choose(TABLES) | choose((1, 1, 1, 0)))
-        for table in TABLES if levels else ():
+                self.scene.put(pdpt, index, choose(DIRECTORIES) | choose((1, 1, 1, 0)))
+        for table in (*DIRECTORIES, *TABLES) if levels else ():
             for va in self.vas:
-                self.scene.put(table, self._index(va), self._entry())
+                self.scene.put(table, self._index(table, va), self._entry(table))
         self.scene.turn_on()
 
-    def _index(self, va: int) -> int:
-        shift, bits = self.dice.choice(
-            ((22, 10), (12, 10)) if self.levels == 2 else ((21, 9), (12, 9))
-        )
+    def _index(self, table: int, va: int) -> int:
+        """Of the entry for `va`, if the table is used at the level that it is meant for."""
+        bits = 10 if self.levels == 2 else 9
+        shift = 12 + bits if table in DIRECTORIES else 12
         return va >> shift & (1 << bits) - 1
 
-    def _entry(self) -> int:
-        """Mostly tables that are there and let through, sometimes anything."""
-        flags = self.dice.choice((7, 7, 7, 7, 5, 3, 0x67, 0x87, 1, 0))
-        frame = (
-            self.dice.choice(TABLES) if self.dice.random() < 0.8 else self.dice.randrange(80) << 12
-        )
+    def _entry(self, table: int) -> int:
+        """Mostly tables below directories and data below tables, that are there and let through;
+        sometimes anything.
+        """
+        choose = self.dice.choice
+        flags = choose((7, 7, 0x67, 0x67, 0x67, 0x27, 0x65, 3, 0x87, 1, 0))
+        frame = choose(TABLES) if table in DIRECTORIES else choose(DATA)
+        if self.dice.random() < 0.15:
+            frame = choose((*TABLES, *DIRECTORIES, 0x7F000))
         if flags & 0x80:
             frame = 0
         too_high = self.levels == 3 and self.dice.random() < 0.03
         return frame | flags | (1 << 62 if too_high else 0)
+
+    def _changed(self, table: int, entry: int) -> int:
+        """Another entry, or the same with a permission, its presence or its frame changed."""
+        bit = self.dice.choice((1, 2, 2, 4, 4, 0x1000, 0x2000, 0))
+        return entry ^ bit if bit else self._entry(table)
 
     def access(self) -> None:
         """An access by one of the vCPUs; what it comes to is what the guest's tables say."""
@@ -107,13 +117,16 @@ class Story:
         self.answers.append(("reached", expected) if is_fine else (came.kind, came.error_code))
 
     def change(self) -> None:
-        """The guest writes an entry, and flushes as it has to; a PAE guest may change its table."""
+        """The guest writes an entry, and flushes by loading CR3, or goes to another process."""
         dice, scene = self.dice, self.scene
         if not self.levels:
             return
-        scene.guest_put(dice.choice(TABLES), self._index(dice.choice(self.vas)), self._entry())
+        table, va = dice.choice((*DIRECTORIES, *TABLES, *TABLES)), dice.choice(self.vas)
+        index = self._index(table, va)
+        old = scene.vm.read_guest(table + index * scene.size, scene.size) or 0
+        scene.guest_put(table, index, self._changed(table, old))
         if dice.random() < 0.4:
-            scene.cr3 = dice.choice(PDPTS if self.levels == 3 else TABLES[:3])
+            scene.cr3 = dice.choice(PDPTS if self.levels == 3 else DIRECTORIES)
         for vcpu in scene.vm.vcpus:
             assert run(set_cr3(vcpu, scene.cr3)) == "fine"
 
@@ -135,7 +148,7 @@ class Story:
         """A random run, with the rules checked all along."""
         for step in range(STEPS):
             doing = self.dice.random()
-            (self.access if doing < 0.7 else self.change if doing < 0.9 else self.take)()
+            (self.access if doing < 0.6 else self.change if doing < 0.95 else self.take)()
             if step % 15 == 0:
                 assert complaints(self.scene.vm) == []
 
