@@ -76,7 +76,7 @@ def test_without_encryption_the_guest_would_read_what_is_stored_there_now() -> N
 
 @pytest.mark.parametrize("rule", ["no-track", "no-kick"])
 def test_the_module_refuses_a_host_that_forgets_half_of_the_protocol(rule: str) -> None:
-    race = build("tlb-tracking", 2)
+    race = build("tlb-tracking", 1)
     with broken(rule):
         found = race.explore()
     assert found.complete

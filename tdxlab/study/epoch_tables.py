@@ -13,11 +13,15 @@ from tdxlab.accesses import Read
 from tdxlab.arch import PAGE_SIZE, SIZE_2M
 from tdxlab.breaks import broken
 from tdxlab.host_td import HostTd
+from tdxlab.kvm.blocked import is_blocked_spte
+from tdxlab.kvm.spte import is_present_leaf
+from tdxlab.kvm.tdp_iter import for_each_tdp_pte
 from tdxlab.machine import Machine
 from tdxlab.memory import MachineCheck
 from tdxlab.races import build
 from tdxlab.study.epoch_lab import GPA, EpochLab
 from tdxlab.study.undone import undone
+from tdxlab.vmm_td import Td
 
 # -- what is refused when
 
@@ -248,6 +252,40 @@ def batch_formula(pages: int, others: int, batch: int) -> tuple[int, int, int]:
     """
     tracks = -(-pages // batch)
     return tracks, (tracks + 1) * others, 3 * pages + tracks
+
+
+class MirrorRow(NamedTuple):
+    """A step of a zap in batches, and how many 4K entries of the mirror are what by then."""
+
+    step: str
+    mapped: int
+    blocked: int
+    empty: int
+
+
+def mirror_rows(gpaw: int, pages: int = 4, batch: int = 2) -> list[MirrorRow]:
+    """The SEAMCALLs and kicks of a zap, each with the mirror as it is when it is about to begin."""
+    machine = Machine(gpaw=gpaw, memory="1 GiB", lps=2, packages=1)
+    td = machine.create_td(memory=SIZE_2M)
+    td.touch(0, pages * PAGE_SIZE)
+    td.zap_in_batches(batch)
+    rows, last = [], ""
+    for step in machine.host.on_cpu(1, td.punch_hole_steps(0, pages * PAGE_SIZE)):
+        if step[0].startswith(("TDH.", "kvm_make_all")) and step[0] != last:
+            rows.append(MirrorRow(step[0], *_mirror_counts(td, pages)))
+        last = "" if step[0] == last else step[0]
+    rows.append(MirrorRow("the end", *_mirror_counts(td, pages)))
+    return rows
+
+
+def _mirror_counts(td: Td, pages: int) -> tuple[int, int, int]:
+    """(mapped, blocked, empty) entries of the first pages."""
+    vm = td.vm
+    root = vm.sps[vm.vcpus[0].mirror_root_hpa]
+    entries = [it.old_spte for it in for_each_tdp_pte(vm, root, 0, pages) if it.level == 1]
+    mapped = sum(is_present_leaf(spte, 1) for spte in entries)
+    blocked = sum(map(is_blocked_spte, entries))
+    return mapped, blocked, pages - mapped - blocked
 
 
 def _let_in(reading: Sequence[object]) -> None:
