@@ -29,6 +29,7 @@ from tdxlab.kvm.notifier import mmu_invalidate_retry_gfn, mmu_invalidate_retry_g
 from tdxlab.kvm.page_fault import (
     KVM_PFN_NOSLOT,
     PFERR_GUEST_FINAL_MASK,
+    PFERR_PRESENT_MASK,
     PFERR_PRIVATE_ACCESS,
     PFERR_RSVD_MASK,
     RET_PF_CONTINUE,
@@ -125,11 +126,10 @@ def kvm_mmu_do_page_fault(
 
 def _make_fault(vm: Vm, gpa: int, error_code: int, prefetch: bool) -> PageFault:
     """The fault, its gfn without the shared bit, and the memslot that holds the gfn."""
-    fault = PageFault(gpa, error_code, prefetch)
+    gfn = gpa >> PAGE_SHIFT & ~vm.gfn_direct_bits
+    fault = PageFault(gpa, error_code, prefetch, gfn, vm.slots.find(gfn))
     if vm.params.nx_huge_pages:
         fault.nx_huge_page_workaround_enabled = True
-    fault.gfn = gfn = gpa >> PAGE_SHIFT & ~vm.gfn_direct_bits
-    fault.slot = vm.slots.find(gfn)
     return fault
 
 
@@ -149,7 +149,8 @@ def kvm_tdp_mmu_page_fault(vcpu: Vcpu, fault: PageFault) -> Doing:
     page tables (RET_PF_WRITE_PROTECTED).
     """
     vm = vcpu.vm
-    if page_fault_can_be_fast(vm, fault):
+    is_present = fault.error_code & PFERR_PRESENT_MASK
+    if (is_present or not vm.params.ad_bits) and page_fault_can_be_fast(vm, fault):
         ret = yield from fast_page_fault(vcpu, fault)
         if ret != RET_PF_INVALID:
             return ret

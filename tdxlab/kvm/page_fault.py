@@ -50,7 +50,7 @@ KVM_PFN_ERR_FAULT = 0x7FF << 52
 class PageFault:
     """One fault. addr: GPA as the CPU saw it, shared bit included. error_code: PFERR_* bits, which
     say what kind of access it was. prefetch: nobody accessed the page yet. gfn: without the shared
-    bit.
+    bit. slot: the memslot that holds the gfn, None without one.
 
     max_level: the greatest level that may be mapped; req_level: what the host's page would allow;
     goal_level: what will be mapped. mmu_seq: `mmu_invalidate_seq` when the pfn was looked up.
@@ -62,13 +62,20 @@ class PageFault:
         *("huge_page_disallowed", "mmu_seq", "pfn", "map_writable"),
     )
 
-    def __init__(self, addr: int, error_code: int, prefetch: bool = False) -> None:
+    def __init__(
+        self,
+        addr: int,
+        error_code: int,
+        prefetch: bool = False,
+        gfn: int = 0,
+        slot: Slot | None = None,
+    ) -> None:
         self.addr = addr
         self.error_code = error_code
         self.prefetch = prefetch
         self.is_private = error_code & PFERR_PRIVATE_ACCESS != 0
-        self.gfn = 0
-        self.slot: Slot | None = None
+        self.gfn = gfn
+        self.slot = slot
         self.max_level = 3
         self.req_level = self.goal_level = 1
         self.nx_huge_page_workaround_enabled = self.huge_page_disallowed = False
