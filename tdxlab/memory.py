@@ -137,7 +137,8 @@ class Memory:
         #: HPA of a page -> index of the first word of its frame
         self.frames = Table(journal)
         pfns = max(region.end for region in self.ram) >> PAGE_SHIFT
-        self._tags = Words(journal, pfns, typecode="H", sparse=True)
+        #: by pfn: the tag of all of the page's lines, but for those of pages in `_mixed`
+        self.tags = Words(journal, pfns, typecode="H", sparse=True)
         self._mixed = Table(journal)
         #: KeyID -> tag of what is written with it
         self._tag_of = Row(journal, 1 << keyid_bits)
@@ -264,12 +265,12 @@ class Memory:
         mixed = self._mixed.get(pfn)
         if mixed is not None:
             return int(mixed[(hpa & PAGE_OFFSET_MASK) >> LINE_SHIFT])
-        return int(self._tags.view[pfn])
+        return int(self.tags.view[pfn])
 
     def _tag_page(self, pfn: int, keyid: int) -> None:
         tag = self._tag_of.view[keyid]
-        if self._tags.view[pfn] != tag:
-            self._tags.put(pfn, tag)
+        if self.tags.view[pfn] != tag:
+            self.tags.put(pfn, tag)
         if pfn in self._mixed:
             self._mixed.drop(pfn)
 
@@ -277,7 +278,7 @@ class Memory:
         if self.tag(line) == tag:
             return
         pfn = line >> PAGE_SHIFT
-        tags = list(self._mixed.get(pfn, (self._tags.view[pfn],) * LINES_PER_PAGE))
+        tags = list(self._mixed.get(pfn, (self.tags.view[pfn],) * LINES_PER_PAGE))
         tags[(line & PAGE_OFFSET_MASK) >> LINE_SHIFT] = tag
         self._mixed.put(pfn, tuple(tags))
 

@@ -20,12 +20,12 @@ from tdxlab.abi.leaves import TDH_MEM_PAGE_AUG
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import OPERAND_ID_RCX, TDX_OPERAND_BUSY
 from tdxlab.accesses import Accept, Read
-from tdxlab.arch import PAGE_SIZE, SIZE_2M, WORDS_PER_PAGE
+from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE, SIZE_2M, WORDS_PER_PAGE
 from tdxlab.bare import BareMachine
 from tdxlab.crew import Actor, Fault
 from tdxlab.explore import BUDGET, Exploration, explore
 from tdxlab.invariants import InvariantBroken
-from tdxlab.journal import Row
+from tdxlab.journal import Row, Table
 from tdxlab.kvm.fault import kvm_mmu_page_fault
 from tdxlab.kvm.host import KvmHost
 from tdxlab.kvm.injection import FailNth
@@ -37,12 +37,13 @@ from tdxlab.kvm.page_fault import (
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
 )
+from tdxlab.kvm.pages import PAGES_OUT
 from tdxlab.kvm.tdx import TdxVcpu
 from tdxlab.kvm.vm import Vm
 from tdxlab.machine import Machine
 from tdxlab.player import ROUND_ROBIN, RUN_BUDGET, Order, Played, Player
 from tdxlab.player import run as run_once
-from tdxlab.states import Part
+from tdxlab.states import CHUNK, Part
 from tdxlab.steps import Operation, Step, run
 from tdxlab.vmm_run import RunResult
 from tdxlab.vmm_td import Td
@@ -57,6 +58,11 @@ _PRIVATE_WRITE = PFERR_PRIVATE_ACCESS | PFERR_WRITE_MASK | PFERR_USER_MASK
 _NEAR = 0x1000
 #: GPAs of pages that are not mapped: with all tables there, and with the last one missing.
 _PAGE, _FRESH = 0x5000, 2 * SIZE_2M
+#: Bytes of memory about which nothing is kept beside what is kept of other memory: two bytes of a
+#: page are the least that are kept.
+_SPAN = CHUNK // 2 * PAGE_SIZE
+#: PAMT entries do not begin where a place begins: the first pages of a span stay unused.
+_MARGIN = CHUNK // 16 * PAGE_SIZE
 
 
 class Warned(Exception):
@@ -80,14 +86,20 @@ class WholeCalls(Machine):
         return run(super().seamcall_steps(lp, rax, registers))
 
 
+#: A machine whose SEAMCALLs are one move, or two.
+Kind = type[Machine]
+
+
 class Race(NamedTuple):
     """Operations that meet on a machine. actors: in the order in which they are tried. vms: those
-    that are there at the beginning. watch: what checks the machine while it is explored.
+    that are there at the beginning. ignored: what makes no difference in this scenario, beside
+    counters. watch: what checks the machine while it is explored.
     """
 
     machine: BareMachine
     actors: tuple[Actor, ...]
     vms: tuple[Vm, ...] = ()
+    ignored: tuple[object, ...] = ()
     watch: invariants.Watch | None = None
 
     @property
@@ -115,8 +127,8 @@ class Race(NamedTuple):
 
     @property
     def counters(self) -> list[object]:
-        """Stores that only count what happens: they tell no states apart."""
-        found: list[object] = [self.machine.trace.words]
+        """What tells no states apart: stores that only count what happens, and `ignored`."""
+        found: list[object] = [self.machine.trace.words, *self.ignored]
         if self.kernel:
             found.append(self.kernel.counters)
         for vm in self.vms:
@@ -168,16 +180,20 @@ class Race(NamedTuple):
 
 
 class Scenario(NamedTuple):
-    """A scenario to choose. what: in words. most: greatest number of vCPUs that it is made for."""
+    """A scenario to choose. build: of a number of vCPUs and a kind of machine. what: in words.
+    most: greatest number of vCPUs that it is made for.
+    """
 
-    build: Callable[[int], Race]
+    build: Callable[[int, Kind], Race]
     what: str
     most: int = MAX_VCPUS
 
 
-def build(name: str, vcpus: int = 2) -> Race:
+def build(name: str, vcpus: int = 2, *, inside_seamcalls: bool = False) -> Race:
     """The scenario of that name, at its beginning.
 
+    inside_seamcalls: others may move while a SEAMCALL stands between its checks and its effects,
+    with all its locks held; else each is one move.
     Refuses a name that does not exist, or a number of vCPUs that it is not made for: ValueError.
     """
     if name not in SCENARIOS:
@@ -185,7 +201,7 @@ def build(name: str, vcpus: int = 2) -> Race:
     scenario = SCENARIOS[name]
     if not 1 <= vcpus <= scenario.most:
         raise ValueError(f"{vcpus} vCPUs; {name} is made for 1 to {scenario.most}")
-    race = scenario.build(vcpus)
+    race = scenario.build(vcpus, Machine if inside_seamcalls else WholeCalls)
     vms = race.kernel.vm_list if race.kernel else ()
     for vm in vms:
         vm.listener = _listen
@@ -195,7 +211,7 @@ def build(name: str, vcpus: int = 2) -> Race:
 # -- the parts of a scenario
 
 
-def _machine(vcpus: int, kind: type[Machine] = Machine) -> tuple[Machine, Td]:
+def _machine(vcpus: int, kind: Kind) -> tuple[Machine, Td]:
     """A TD with 8 MiB, each of whose vCPUs has used a page already."""
     machine = kind(memory="1 GiB", lps=THREAD_LP + 1, packages=2)
     td = machine.create_td(vcpus=vcpus, memory=4 * SIZE_2M)
@@ -215,6 +231,45 @@ def _own(td: Td, number: int) -> tuple[object, ...]:
     frames = [Part(memory.words, memory.frame(hpa), WORDS_PER_PAGE) for hpa in pages]
     of_the_lp = (cpu.inside, cpu.tdrs_inside, host.exits, host.ipis)
     return (vcpu, cpu.tlbs[number], *frames, *(Part(store, number) for store in of_the_lp))
+
+
+def _apart(machine: Machine, tds: int) -> list[Td]:
+    """TDs whose pages are so far from each other that no place (see `states`) is about pages of
+    two of them.
+    """
+    pages, padding, found = machine.host.pages, [], []
+    for _ in range(tds):
+        while (hpa := pages.alloc_page("padding")) % _SPAN != _MARGIN:
+            padding.append(hpa)
+        pages.free_page(hpa)
+        found.append(machine.create_td(vcpus=1, memory=SIZE_2M))
+    for hpa in padding:
+        pages.free_page(hpa)
+    return found
+
+
+def _own_of_td(td: Td) -> tuple[object, ...]:
+    """What nobody looks at who handles another TD: KVM's side of it, its pages, and what is kept of
+    them.
+    """
+    vm, host, memory = td.vm, td.host, td.host.memory
+    assert td.tdr is not None
+    assert isinstance(host.machine, Machine)
+    hpa, count = td.tdr & -_SPAN, _SPAN >> PAGE_SHIFT
+    pfn, pamt = hpa >> PAGE_SHIFT, host.machine.module.pamt
+    spans = [
+        Part(memory.tags, pfn, count),
+        Part(host.pages.uses, pfn, count),
+        Part(pamt.words, pamt.entry(hpa, 0), 2 * count),
+    ]
+    frames = [
+        Part(memory.words, memory.frames[page], WORDS_PER_PAGE)
+        for page in range(hpa, hpa + _SPAN, PAGE_SIZE)
+        if page in memory.frames
+    ]
+    objects = (td, vm, td.tdx, vm.mmu_lock, vm.slots_lock, vm.srcu, *vm.vcpus, vm.guest_memory)
+    tables = [store for thing in objects for store in vars(thing).values() if type(store) is Table]
+    return (*objects, *tables, *spans, *frames)
 
 
 def _fault_steps(td: Td, number: int, gpa: int) -> Generator[Step, None, int]:
@@ -267,55 +322,55 @@ def _map(td: Td, gpa: int) -> None:
 # -- scenarios
 
 
-def same_page(vcpus: int) -> Race:
+def same_page(vcpus: int, kind: Kind) -> Race:
     """All fault on one page: one maps it."""
-    machine, td = _machine(vcpus)
+    machine, td = _machine(vcpus, kind)
     return Race(machine, _faults(td, [_PAGE] * vcpus))
 
 
-def fresh_region(vcpus: int) -> Race:
+def fresh_region(vcpus: int, kind: Kind) -> Race:
     """All fault on neighbouring pages whose table is missing: one links it."""
-    machine, td = _machine(vcpus)
+    machine, td = _machine(vcpus, kind)
     return Race(machine, _faults(td, [_FRESH + n * PAGE_SIZE for n in range(vcpus)]))
 
 
-def far_apart(vcpus: int) -> Race:
+def far_apart(vcpus: int, kind: Kind) -> Race:
     """All fault on pages that have tables of their own: nobody meets anybody."""
-    machine, td = _machine(vcpus)
+    machine, td = _machine(vcpus, kind)
     gpas = [_PAGE + n * SIZE_2M for n in range(vcpus)]
     for gpa in gpas:
         _map(td, gpa - PAGE_SIZE)
     return Race(machine, _faults(td, gpas))
 
 
-def fault_zap(vcpus: int) -> Race:
+def fault_zap(vcpus: int, kind: Kind) -> Race:
     """A page is punched out of the guest_memfd while vCPUs fault on it."""
-    machine, td = _machine(vcpus)
+    machine, td = _machine(vcpus, kind)
     punch = _thread(td, "punch hole", lambda: td.punch_hole_steps(_PAGE, PAGE_SIZE))
     return Race(machine, (*_faults(td, [_PAGE] * vcpus), punch))
 
 
-def fault_convert(vcpus: int) -> Race:
+def fault_convert(vcpus: int, kind: Kind) -> Race:
     """A page turns shared while vCPUs fault on it as private memory: they map it, or go to user
     space.
     """
-    machine, td = _machine(vcpus)
+    machine, td = _machine(vcpus, kind)
     convert = lambda: td.convert_steps(_PAGE, PAGE_SIZE, private=False)  # noqa: E731
     faults = _faults(td, [_PAGE] * vcpus, -EFAULT)
     return Race(machine, (*faults, _thread(td, "convert", convert)))
 
 
-def hook_failure(vcpus: int) -> Race:
+def hook_failure(vcpus: int, kind: Kind) -> Race:
     """All fault on one page, and the first TDH.MEM.PAGE.AUG meets a locked operand."""
-    machine, td = _machine(vcpus)
+    machine, td = _machine(vcpus, kind)
     busy = TDX_OPERAND_BUSY | OPERAND_ID_RCX
     FailNth(machine.host, TDH_MEM_PAGE_AUG, status=busy).__enter__()
     return Race(machine, _faults(td, [_PAGE] * vcpus))
 
 
-def slot_delete(vcpus: int) -> Race:
+def slot_delete(vcpus: int, kind: Kind) -> Race:
     """The memslot is deleted while vCPUs fault on its memory."""
-    machine, td = _machine(vcpus)
+    machine, td = _machine(vcpus, kind)
     (backing,) = td.backings
     delete = lambda: td.set_user_memory_region_steps(  # noqa: E731
         backing.slot, backing.gpa, 0, hva=backing.hva
@@ -324,9 +379,9 @@ def slot_delete(vcpus: int) -> Race:
     return Race(machine, (*faults, _thread(td, "delete slot", delete)))
 
 
-def zap_enter(vcpus: int) -> Race:
+def zap_enter(vcpus: int, kind: Kind) -> Race:
     """A page is punched out while vCPUs that have it in their TLBs enter the guest."""
-    machine, td = _machine(vcpus, WholeCalls)
+    machine, td = _machine(vcpus, kind)
     for number in range(vcpus):
         td.touch(_PAGE, vcpu=number)
     punch = _thread(td, "punch hole", lambda: td.punch_hole_steps(_PAGE, PAGE_SIZE))
@@ -334,29 +389,33 @@ def zap_enter(vcpus: int) -> Race:
     return Race(machine, (*guests, punch))
 
 
-def tlb_tracking(vcpus: int) -> Race:
-    """A host without KVM takes a page away from vCPUs that read it, and gives it to another TD."""
+def tlb_tracking(vcpus: int, kind: Kind) -> Race:
+    """A host without KVM takes a page away from vCPUs that read it, and gives it to another TD.
+
+    kind: does not matter; what can be seen half-done is part of the scenario.
+    """
+    del kind
     return Race(*tlb_races.tracking(vcpus))
 
 
-def two_teardowns(vcpus: int) -> Race:
-    """Two TDs are destroyed at once; they share the module, the packages' caches and tdx_lock."""
-    machine = WholeCalls(memory="1 GiB", lps=THREAD_LP + 1, packages=2)
-    tds = [machine.create_td(vcpus=1, memory=SIZE_2M) for _ in range(vcpus)]
+def two_teardowns(vcpus: int, kind: Kind) -> Race:
+    """TDs are destroyed at once; they share the module, the packages' caches and tdx_lock."""
+    machine = kind(memory="1 GiB", lps=THREAD_LP + 1, packages=2)
+    tds = _apart(machine, vcpus)
 
     def destroying(td: Td, lp: int) -> Actor:
-        return Actor(
-            f"destroy {td}",
-            lambda: td.host.on_cpu(lp, td.destroy_steps()),
-            lambda result: result is None,
-        )
+        start = lambda: td.host.on_cpu(lp, td.destroy_steps())  # noqa: E731
+        return Actor(f"destroy {td}", start, lambda result: result is None, own=_own_of_td(td))
 
-    return Race(machine, tuple(destroying(td, lp) for lp, td in enumerate(tds)))
+    pages = machine.host.pages
+    # Nobody takes a page: it makes no difference in which order they came back, and how many.
+    ignored = (Part(pages, "last_returned"), pages.returned_before, Part(pages.counts, PAGES_OUT))
+    return Race(machine, tuple(map(destroying, tds, range(vcpus))), ignored=ignored)
 
 
-def accept_block(vcpus: int) -> Race:
+def accept_block(vcpus: int, kind: Kind) -> Race:
     """A guest accepts a page that is punched out meanwhile: it faults, and accepts the new one."""
-    machine, td = _machine(vcpus, WholeCalls)
+    machine, td = _machine(vcpus, kind)
     for number in range(vcpus):
         _map(td, _PAGE + number * PAGE_SIZE)
     punch = _thread(td, "punch hole", lambda: td.punch_hole_steps(_PAGE, PAGE_SIZE))
@@ -366,7 +425,7 @@ def accept_block(vcpus: int) -> Race:
     return Race(machine, (*guests, punch))
 
 
-def _first_line(build: Callable[[int], Race]) -> str:
+def _first_line(build: Callable[[int, Kind], Race]) -> str:
     text = " ".join((build.__doc__ or "").split())
     return text.rstrip(".")
 
@@ -378,13 +437,13 @@ SCENARIOS: dict[str, Scenario] = {
         (same_page, 3),
         (fresh_region, 3),
         (far_apart, 3),
-        (fault_zap, 2),
-        (fault_convert, 2),
+        (fault_zap, 3),
+        (fault_convert, 3),
         (hook_failure, 3),
-        (slot_delete, 2),
-        (zap_enter, 1),
+        (slot_delete, 3),
+        (zap_enter, 3),
         (tlb_tracking, 2),
-        (two_teardowns, 2),
-        (accept_block, 1),
+        (two_teardowns, 3),
+        (accept_block, 3),
     )
 }

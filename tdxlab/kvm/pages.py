@@ -18,8 +18,8 @@ from tdxlab.journal import Field, Fields, Journal, Journalled, Row, Table, Words
 #: What `alloc_page` returns when there is no page, which is -ENOMEM for its caller.
 NO_PAGE = -1
 
-#: Words of `HostPages._counts`.
-_OUT, _NEXT = 0, 1
+#: Words of `HostPages.counts`.
+PAGES_OUT, _NEXT = 0, 1
 
 
 class PageSource(Protocol):
@@ -43,12 +43,12 @@ class HostPages(Journalled):
     the one that was returned last first.
 
     leaked: HPA -> why it will never come back. huge: HPA -> (bytes, use) of every large page that
-    is out.
+    is out. last_returned: the page that was returned last, or NO_PAGE. returned_before: by pfn, of
+    returned pages: HPA of the one returned before it.
     """
 
     _region = Field(0)
-    #: the page that was returned last, and the one before it in its link; NO_PAGE at the end
-    _returned = Field(NO_PAGE)
+    last_returned = Field(NO_PAGE)
     regions: Field[tuple[Region, ...]] = Field(())
 
     def __init__(self, journal: Journal, regions: Sequence[Region]) -> None:
@@ -59,11 +59,10 @@ class HostPages(Journalled):
         self._total = sum(region.size for region in regions) // PAGE_SIZE
         pfns = max(region.end for region in regions) // PAGE_SIZE
         #: by pfn: number of its use, 0 while it is not out
-        self._use = Words(journal, pfns, typecode="H", sparse=True)
-        #: by pfn, of returned pages: HPA of the one returned before it
-        self._link = Words(journal, pfns, sparse=True)
+        self.uses = Words(journal, pfns, typecode="H", sparse=True)
+        self.returned_before = Words(journal, pfns, sparse=True)
         #: pages that are out; bytes of the present region that were handed out
-        self._counts = Row(journal, 2)
+        self.counts = Row(journal, 2)
         #: names of uses by number; only ever grows, so that a number means the same after a rewind
         self._names = [""]
         self._numbers: dict[str, int] = {}
@@ -77,13 +76,13 @@ class HostPages(Journalled):
     def free(self) -> int:
         """Pages that can still be had."""
         contiguous = self.total - sum(region.size for region in self.regions) // PAGE_SIZE
-        return self.total - contiguous - self._counts.view[_OUT] - len(self.leaked)
+        return self.total - contiguous - self.counts.view[PAGES_OUT] - len(self.leaked)
 
     @property
     def in_use(self) -> dict[int, str]:
         """HPA -> use of every 4 KiB page that is out. It is put together at each call."""
         found = {}
-        for offset, chunk in self._use.touched():
+        for offset, chunk in self.uses.touched():
             for place, number in enumerate(memoryview(chunk).cast("H")):
                 if number:
                     found[(offset // 2 + place) * PAGE_SIZE] = self._names[number]
@@ -91,30 +90,30 @@ class HostPages(Journalled):
 
     def use_of(self, hpa: int) -> str:
         """What the page at `hpa` is out for, "" if it is not, or is none of these pages."""
-        pfn, use = hpa >> PAGE_SHIFT, self._use.view
+        pfn, use = hpa >> PAGE_SHIFT, self.uses.view
         return self._names[use[pfn]] if pfn < len(use) else ""
 
     def returned(self) -> Iterator[int]:
         """HPA of each page that is free again, the one that was returned last first."""
-        hpa = self._returned
+        hpa = self.last_returned
         while hpa != NO_PAGE:
             yield hpa
-            before = self._link.view[hpa >> PAGE_SHIFT]
+            before = self.returned_before.view[hpa >> PAGE_SHIFT]
             hpa = NO_PAGE if before == MASK64 else before
 
     @property
     def untouched(self) -> int:
         """Pages that were never handed out."""
         regions = self.regions[self._region :]
-        return (sum(region.size for region in regions) - self._counts.view[_NEXT]) // PAGE_SIZE
+        return (sum(region.size for region in regions) - self.counts.view[_NEXT]) // PAGE_SIZE
 
     def alloc_page(self, use: str) -> int:
         """HPA of a free 4 KiB page, or NO_PAGE."""
         hpa = self._take()
         if hpa != NO_PAGE:
-            self._use.cells[hpa >> PAGE_SHIFT] = self._numbers.get(use) or self._new_use(use)
-            counts = self._counts
-            counts.cells[_OUT] = counts.view[_OUT] + 1
+            self.uses.cells[hpa >> PAGE_SHIFT] = self._numbers.get(use) or self._new_use(use)
+            counts = self.counts
+            counts.cells[PAGES_OUT] = counts.view[PAGES_OUT] + 1
         return hpa
 
     def _new_use(self, use: str) -> int:
@@ -126,14 +125,14 @@ class HostPages(Journalled):
     def free_page(self, hpa: int) -> None:
         """The page is free again. Refuses one that is not out: ValueError."""
         self._end_use(hpa)
-        self._link.cells[hpa >> PAGE_SHIFT] = self._returned & MASK64
-        self._returned = hpa
+        self.returned_before.cells[hpa >> PAGE_SHIFT] = self.last_returned & MASK64
+        self.last_returned = hpa
 
     def _end_use(self, hpa: int) -> None:
         if not self.use_of(hpa):
             raise ValueError(f"page {hpa:#x} is not in use; it cannot be freed")
-        self._use.cells[hpa >> PAGE_SHIFT] = 0
-        self._counts.cells[_OUT] = self._counts.view[_OUT] - 1
+        self.uses.cells[hpa >> PAGE_SHIFT] = 0
+        self.counts.cells[PAGES_OUT] = self.counts.view[PAGES_OUT] - 1
 
     def alloc_contig_pages(self, size: int, near: Region) -> int:
         """HPA of `size` contiguous bytes for good, from the end of a region that touches `near`, or
@@ -141,7 +140,7 @@ class HostPages(Journalled):
         behind all others are taken.
         """
         for number, region in reversed(list(enumerate(self.regions))):
-            used = self._counts.view[_NEXT] if number == self._region else 0
+            used = self.counts.view[_NEXT] if number == self._region else 0
             room = region.size - used if number >= self._region else 0
             if size <= room and region.overlaps(near.base, near.size):
                 shorter = Region(region.base, region.size - size)
@@ -155,7 +154,7 @@ class HostPages(Journalled):
         Source: mm/hugetlb.c. Differs: only never touched memory can become a large page.
         """
         for number, region in reversed(list(enumerate(self.regions))):
-            used = self._counts.view[_NEXT] if number == self._region else 0
+            used = self.counts.view[_NEXT] if number == self._region else 0
             hpa = region.end - size & -size
             if number >= self._region and hpa >= region.base + used:
                 pieces = [Region(region.base, hpa - region.base)]
@@ -183,12 +182,12 @@ class HostPages(Journalled):
         self.leaked.put(hpa, why)
 
     def _take(self) -> int:
-        hpa = self._returned
+        hpa = self.last_returned
         if hpa != NO_PAGE:
-            before = self._link.view[hpa >> PAGE_SHIFT]
-            self._returned = NO_PAGE if before == MASK64 else before
+            before = self.returned_before.view[hpa >> PAGE_SHIFT]
+            self.last_returned = NO_PAGE if before == MASK64 else before
             return hpa
-        counts = self._counts
+        counts = self.counts
         while self._region < len(self.regions):
             base, size = self.regions[self._region]
             used = counts.view[_NEXT]
