@@ -244,10 +244,10 @@ class Stage:
             HOST, "kick the vCPU out", lambda: self.machine.kick(VICTIM_LP), lp=VICTIM_LP
         )
 
-    def enter(self, **registers: int) -> int:
+    def enter(self) -> int:
         """The host lets the victim's vCPU run on; returns RAX."""
         tdvpr = self.victim.vcpus[0]
-        return self.seamcall(abi.TDH_VP_ENTER, lp=VICTIM_LP, rcx=tdvpr, **registers)
+        return self.seamcall(abi.TDH_VP_ENTER, lp=VICTIM_LP, rcx=tdvpr)
 
     def read_with_key(self, hpa: int, keyid: int, name: str) -> bytes | MachineCheck:
         """A line as somebody gets it who may use the private key behind `keyid`."""
