@@ -183,6 +183,8 @@ def is_page_fault_stale(vcpu: Vcpu, fault: PageFault) -> bool:
     root = vm.sps.get(vcpu.root_hpa)
     if root is not None and root.role & INVALID:
         return True
+    if not vm.mmu_invalidate_in_progress and vm.mmu_invalidate_seq == fault.mmu_seq:
+        return False
     return fault.slot is not None and mmu_invalidate_retry_gfn(vm, fault.mmu_seq, fault.gfn)
 
 

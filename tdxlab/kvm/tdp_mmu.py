@@ -25,7 +25,7 @@ from tdxlab.kvm.page_fault import (
     PageFault,
 )
 from tdxlab.kvm.pages import NO_PAGE
-from tdxlab.kvm.role import ACC_ALL, LEVEL_MASK, child_role
+from tdxlab.kvm.role import ACC_ALL, IS_MIRROR, LEVEL_MASK, child_role
 from tdxlab.kvm.roots import tdp_mmu_get_root_for_fault
 from tdxlab.kvm.slots import KVM_MEM_LOG_DIRTY_PAGES
 from tdxlab.kvm.spte import (
@@ -41,7 +41,7 @@ from tdxlab.kvm.spte import (
     make_spte,
     spte_to_pfn,
 )
-from tdxlab.kvm.tdp_iter import TdpIter, for_each_tdp_pte, gfn_root_bits
+from tdxlab.kvm.tdp_iter import TdpIter, for_each_tdp_pte
 from tdxlab.kvm.tdp_set import (
     Doing,
     tdp_mmu_link_sp,
@@ -78,7 +78,7 @@ def kvm_tdp_mmu_map(vcpu: Vcpu, fault: PageFault) -> Doing:
     if fault.max_level > 1 or fault.nx_huge_page_workaround_enabled:
         kvm_mmu_hugepage_adjust(vcpu, fault)
     assert vm.mmu_lock.held(READ)
-    it = TdpIter(vm, root, 1, fault.gfn, gfn_root_bits(vm, root))
+    it = TdpIter(vm, root, 1, fault.gfn, 0 if root.role & IS_MIRROR else vm.gfn_direct_bits)
     installed = 0
     while it.valid:
         it.descend(fault.goal_level)
