@@ -82,12 +82,13 @@ def lock_page(call: Call, hpa: int, operand: int, page_type: int, exclusive: boo
     Source: helpers.c, check_and_lock_explicit_private_hpa.
     """
     module = call.module
-    words = module.pamt.words
-    view, block = words.view, module.pamt.blocks.get(hpa >> 30)
+    pamt, pfn = module.pamt, hpa >> 12
+    words, block = pamt.words, pamt.blocks.get(pfn >> 18)
+    view = words.view
     if block is not None and not hpa & module.not_an_hpa:
         entry_1g, first_2m, first_4k = block
-        entry_2m = first_2m + (hpa >> 21 & 511) * 2
-        entry: int = first_4k + (hpa >> 12 & 0x3FFFF) * 2
+        entry_2m = first_2m + (pfn >> 9 & 511) * 2
+        entry: int = first_4k + (pfn & 0x3FFFF) * 2
         word_1g, word_2m, word = view[entry_1g], view[entry_2m], view[entry]
         contended = LOCK_MASK if exclusive else CONTENDED
         if not (word_1g | word_2m) & PARENT_IN_THE_WAY and not word & contended:
