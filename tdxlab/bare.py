@@ -11,6 +11,11 @@ Two machines share nothing; both can live in one notebook.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from tdxlab.abi.leaves import HOST_LEAVES
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.arch import EPT_EXECUTE, EPT_READ, EPT_WRITE, HPA_MASK, PAGE_SIZE
@@ -265,6 +270,16 @@ class BareMachine:
         return event & 0xFF
 
     # -- the lab bench
+
+    @property
+    def seamcalls(self) -> Mapping[str, int]:
+        """Name of each leaf that was called, such as "TDH.MEM.PAGE.AUG" -> calls since the machine
+        was made; 0 for any other. A leaf that does not exist is "leaf 250".
+        """
+        counts: Counter[str] = Counter()
+        for leaf, calls in self.trace.seamcalls().items():
+            counts[HOST_LEAVES[leaf].name if leaf in HOST_LEAVES else f"leaf {leaf}"] = calls
+        return MappingProxyType(counts)
 
     def mark(self) -> Mark:
         """Remember the present state; changes are recorded from now on."""

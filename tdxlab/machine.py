@@ -12,13 +12,9 @@ Two machines share nothing.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from types import MappingProxyType
 
 from tdxlab import accounts, steps
-from tdxlab.abi.leaves import HOST_LEAVES
 from tdxlab.arch import GPAW_CHOICES, PAGE_SIZE, SIZE_1G, shared_bit
 from tdxlab.bare import BareMachine
 from tdxlab.failures import Failure, Pace, injected
@@ -184,14 +180,6 @@ class Machine(BareMachine, Journalled):
         return injected(self.host, failures, tdx=None if td is None else td.tdx, pace=pace)
 
     # -- counts
-
-    @property
-    def seamcalls(self) -> Mapping[str, int]:
-        """Name of each leaf that was called, such as "TDH.MEM.PAGE.AUG" -> calls since the machine
-        was made; 0 for any other.
-        """
-        counts = self.trace.seamcalls()
-        return MappingProxyType(Counter({HOST_LEAVES[leaf].name: n for leaf, n in counts.items()}))
 
     def tables(self, vm: Gate) -> dict[str, accounts.Levels]:
         """Occupancy of a VM's page tables: tree ("mirror", "external", "direct") -> name of a level

@@ -6,7 +6,9 @@ import sys
 import pytest
 
 import tdxlab
+from tdxlab.abi.registers import Registers
 from tdxlab.arch import PAGE_SIZE, SIZE_1G, SIZE_2M
+from tdxlab.bare import BareMachine
 from tdxlab.kvm.params import KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM
 from tdxlab.machine import FIRMWARE_END, Machine
 from tdxlab.views import mrtd
@@ -180,3 +182,10 @@ def test_a_write_sets_the_dirty_bit_and_a_read_the_accessed_bit() -> None:
     vm.write(0x1000, b"x")
     leaf = machine.memory.words.view[machine.memory.frame(table) + 1]
     assert leaf & 1 << 9
+
+
+def test_seamcalls_counts_leaves_that_do_not_exist_by_number() -> None:
+    machine = BareMachine()
+    machine.seamcall(0, 250, Registers())
+    assert dict(machine.seamcalls) == {"leaf 250": 1}
+    assert machine.seamcalls["TDH.MEM.TRACK"] == 0
