@@ -142,8 +142,8 @@ class EpochPanel(Panel):
         if last is None:
             return '<p style="line-height:1.4">nothing has been asked yet</p>'
         rows = [("call", last.name), ("on", f"LP {last.lp}"), ("answer", _said(last))]
-        if last.kind == "SEAMCALL" and last.status is not None:
-            rows.append(("RAX", f"{last.status & (1 << 64) - 1:#018x}"))
+        if last.kind == "SEAMCALL" and last.status is not None and last.status != IN_GUEST:
+            rows.append(("RAX", f"{last.status:#018x}"))
         return html_table(("", ""), rows)
 
 
