@@ -21,6 +21,7 @@ from tdxlab.study import (
     panel_attack,
 )
 from tdxlab.study.aes_xts import AesXts
+from tdxlab.study.attack_tables import POISONED
 from tdxlab.study.exercises_12 import EXERCISES
 from tdxlab.study.panel_attack import AttackPanel
 from tests.exercise_checks import (
@@ -29,7 +30,7 @@ from tests.exercise_checks import (
     different_questions,
     faults_of_check,
 )
-from tests.notebook_cells import changed_cells, code_cells, run_all, turns_red
+from tests.notebook_cells import code_cells, run_all, saved, turns_red
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "12-a-hostile-host.ipynb"
 WIDTHS = pytest.mark.parametrize("gpaw", [48, 52])
@@ -232,12 +233,9 @@ def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TDXLAB_GPAW", raising=False)
 
 
-def test_cells_show_what_is_saved() -> None:
-    assert changed_cells(PATH) == []
-
-
-def test_cells_can_be_run_twice_and_solutions_are_right() -> None:
+def test_cells_show_what_is_saved_even_if_each_is_run_twice() -> None:
     shown = run_all(PATH, times=2)
+    assert shown == saved(PATH)
     solutions = [text for name, text in shown.items() if name.endswith("-solution")]
     assert len(solutions) == len(NUMBERS)
     assert all("right" in text for text in solutions)
@@ -267,15 +265,21 @@ def no_cipher(_self: Any, _hpa: int, _key: int, line: bytes) -> bytes:
         (attack_tables, "block_differences", lambda *_: [0] * 4, "blocks-run"),
         (panel_attack, "owner_svg", lambda _: "<svg></svg>", "panel"),
         (AttackPanel, "_run", lambda self: None, "panel-drive"),
-        (exercises_12, "owners", lambda _: ["poisoned"], "exercise-6-solution"),
     ],
-    ids=["no cipher", "wrong verdict", "no blocks", "no map", "no run", "wrong answer"],
+    ids=["no cipher", "wrong verdict", "no blocks", "no map", "no run"],
 )
 def test_damage_turns_a_cell_red(
     where: Any, name: str, damage: Any, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(where, name, damage)
     assert turns_red(PATH, expected)
+
+
+def test_a_wrong_answer_of_the_model_turns_a_solution_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exercises_12, "owners", lambda _: [POISONED])
+    assert check("12.6", "victim").state == "wrong"
 
 
 def test_a_check_that_accepts_everything_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
