@@ -233,7 +233,8 @@ class KvmHost(Journalled):
         KVM_REQUEST_NO_ACTION.
         """
         yield ("kvm_make_all_cpus_request", request)
-        vm.emit("kvm_make_all_cpus_request", request)
+        if vm.listener is not None:
+            vm.emit("kvm_make_all_cpus_request", request)
         self.count("kick")
         for vcpu in self.interrupt_all(vm):
             while vcpu.cpu in self.ipis and vcpu.mode != OUTSIDE_GUEST_MODE:
@@ -299,7 +300,7 @@ class KvmHost(Journalled):
 
     def mk_keyed_paddr(self, hkid: int, hpa: int) -> int:
         """`hpa` under KeyID `hkid`. Source: asm/tdx.h, mk_keyed_paddr."""
-        return self.memory.join(hpa, hkid)
+        return hpa | hkid << self.memory.keyid_shift
 
 
 def tdx_memory(platform: Platform) -> list[Region]:

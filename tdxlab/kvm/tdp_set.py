@@ -188,8 +188,9 @@ def clear_leaf(vm: Vm, it: TdpIter) -> Doing | None:
     """As `tdp_mmu_iter_set_spte`, to empty the present leaf at `it`: returns the operation that
     takes the page out of the external EPT, None without one; `not_removed` is for its errors.
     """
-    gfn, level = it.gfn, it.level
-    old_spte = write_spte(vm, it.word, it.old_spte, SHADOW_NONPRESENT_VALUE, level)
+    gfn, level, words = it.gfn, it.level, vm.memory.words
+    old_spte = words.view[it.word]  # an xchg, whether it is needed or not
+    words.cells[it.word] = SHADOW_NONPRESENT_VALUE
     _note_change(vm, it.as_id, gfn, old_spte, SHADOW_NONPRESENT_VALUE, level)
     return _remove_leaf(vm, gfn, old_spte, level) if it.is_mirror else None
 
