@@ -13,18 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from errno import EBUSY
+from errno import EBUSY, EIO
 from typing import Any, NamedTuple
 
 from tdxlab import tlb_races
+from tdxlab.abi.leaves import TDH_MEM_SEPT_REMOVE
+from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import TDX_SUCCESS
-from tdxlab.arch import HPA_MASK, PAGE_SHIFT
+from tdxlab.arch import HPA_MASK, PAGE_SHIFT, SIZE_2M
 from tdxlab.kvm import fault, tdp_mmu, tdp_set, tdx_hooks, tdx_teardown
+from tdxlab.kvm.external import Hook
 from tdxlab.kvm.host import KvmHost
 from tdxlab.kvm.locks import READ, Locking, MmuLock
 from tdxlab.kvm.pages import NO_PAGE
+from tdxlab.kvm.seamcalls import sc_retry_ret, tdh_mem_range_block
 from tdxlab.kvm.spte import FROZEN_SPTE, PT_PAGE_SIZE_MASK
 from tdxlab.kvm.tdp_iter import TdpIter
+from tdxlab.kvm.tdx import Tdx
 from tdxlab.kvm.vm import Vm
 from tdxlab.seam import checks
 from tdxlab.steps import Operation, Step
@@ -38,7 +43,8 @@ _NO_SPTE = -1
 class Break(NamedTuple):
     """A rule that can be turned off. what: what KVM does then. scenario, vcpus: where that shows.
     found: how the rule that an exploration finds broken there begins. substitutes: (owner,
-    name, what takes its place).
+    name, what takes its place). shows: what can be seen there, with the module's answer if it
+    gives one.
     """
 
     what: str
@@ -46,6 +52,7 @@ class Break(NamedTuple):
     vcpus: int
     found: str
     substitutes: tuple[tuple[Any, str, Any], ...]
+    shows: str
 
 
 @contextmanager
@@ -167,6 +174,19 @@ def _done(*_arguments: object) -> Doing:
     return TDX_SUCCESS
 
 
+def _zap_parent_first(tdx: Tdx, gfn: int, _level: int, _pfn: int) -> Hook:
+    """Remove the table that maps the page, not the page."""
+    host, td, gpa = tdx.host, tdx.td, gfn << PAGE_SHIFT & -SIZE_2M
+    answer = yield from tdh_mem_range_block(host, td, gpa, 1)
+    if tdx.bug_on("TDH_MEM_RANGE_BLOCK", *answer):
+        return -EIO
+    yield from tdx_hooks.tdx_track(tdx)
+    registers, label = Registers(gpa | 1, td.tdr), ("TDH.MEM.SEPT.REMOVE", gpa, 1)
+    answer = yield from sc_retry_ret(host, TDH_MEM_SEPT_REMOVE, registers, label)
+    tdx.bug_on("TDH_MEM_SEPT_REMOVE", *answer)
+    return -EIO
+
+
 _SET = "set_external_spte_present"
 
 #: Name -> the rule.
@@ -177,6 +197,7 @@ BREAKS: dict[str, Break] = {
         2,
         "vm_bugged",
         ((tdp_set, _SET, _install_without_freezing),),
+        "two vCPUs map the page; TDH.MEM.PAGE.AUG answers TDX_EPT_ENTRY_STATE_INCORRECT to one",
     ),
     "early-publish": Break(
         "an entry of a mirror gets its new value before the external EPT changes",
@@ -184,6 +205,7 @@ BREAKS: dict[str, Break] = {
         2,
         "vm_bugged",
         ((tdp_set, _SET, _install_published_early),),
+        "a vCPU goes on below a table that the module does not have: TDX_EPT_WALK_FAILED",
     ),
     "no-restore": Break(
         "an entry of a mirror stays frozen where the external EPT could not be changed",
@@ -191,6 +213,7 @@ BREAKS: dict[str, Break] = {
         2,
         "deadlock",
         ((tdp_set, _SET, _install_without_restoring),),
+        "every later fault there meets the frozen entry, and nobody will ever thaw it",
     ),
     "overwrite-frozen": Break(
         "a fault that meets a frozen entry goes on",
@@ -198,6 +221,7 @@ BREAKS: dict[str, Break] = {
         2,
         "Warned",
         ((tdp_mmu, "FROZEN_SPTE", _NO_SPTE),),
+        "KVM warns: somebody changes an entry that belongs to another vCPU for the moment",
     ),
     "zap-under-read-lock": Break(
         "who holds mmu_lock for write keeps only writers out",
@@ -209,6 +233,7 @@ BREAKS: dict[str, Break] = {
             (MmuLock, "unlock", _unlock_shared),
             (MmuLock, "held", _held_somehow),
         ),
+        "a fault maps the page again before it goes back to the host: a free page is mapped",
     ),
     "no-retry": Break(
         "a fault maps what it looked up, though it was invalidated since",
@@ -219,6 +244,7 @@ BREAKS: dict[str, Break] = {
             (fault, "is_page_fault_stale", _never_stale),
             (fault, "mmu_invalidate_retry_gfn_unsafe", _never_stale),
         ),
+        "a fault maps a page that was given back to the host after it had looked it up",
     ),
     "no-track": Break(
         "no new TLB epoch begins between blocking a page and removing it",
@@ -226,6 +252,7 @@ BREAKS: dict[str, Break] = {
         1,
         "vm_bugged",
         ((tdx_hooks, "tdx_track", _nothing), (tlb_races, "begin_epoch", _done)),
+        "TDH.MEM.PAGE.REMOVE answers TDX_TLB_TRACKING_NOT_DONE: a TLB may still have the page",
     ),
     "no-kick": Break(
         "a new TLB epoch begins, but nobody is taken out of the old one",
@@ -233,6 +260,7 @@ BREAKS: dict[str, Break] = {
         1,
         "vm_bugged",
         ((KvmHost, "kick_all", _nothing), (tlb_races, "kick_everybody", _nothing)),
+        "TDH.MEM.PAGE.REMOVE answers TDX_TLB_TRACKING_NOT_DONE: a vCPU is in the old epoch still",
     ),
     "no-tracking": Break(
         "no new TLB epoch begins, and the module removes pages without asking for one",
@@ -245,19 +273,49 @@ BREAKS: dict[str, Break] = {
             (tlb_races, "kick_everybody", _nothing),
             (checks, "is_tracked", _always),
         ),
+        "a vCPU reads through its TLB what another TD has written to the page by then",
+    ),
+    "parent-first": Break(
+        "a table of the external EPT is removed before the pages below it",
+        "zap-enter",
+        1,
+        "vm_bugged",
+        ((tdx_hooks, "tdx_sept_zap_private_spte", _zap_parent_first),),
+        "TDH.MEM.SEPT.REMOVE answers TDX_EPT_PAGE_NOT_FREE: only an empty table can go",
+    ),
+    "no-writeback": Break(
+        "a page is cleared and used again before its lines are written back",
+        "zap-enter",
+        1,
+        "invariant 14",
+        ((tdx_hooks, "tdh_phymem_page_wbinvd_hkid", _done),),
+        "no SEAMCALL refuses; a dirty line of the TD's KeyID can overwrite the page at any time",
     ),
     "keyid-before-flush": Break(
+        "a KeyID is given back before the vCPUs are flushed",
+        "two-teardowns",
+        1,
+        "leaked",
+        ((tdx_teardown, "tdx_flush_vp_on_cpu", _nothing),),
+        "TDH.MNG.VPFLUSHDONE answers TDX_FLUSHVP_NOT_DONE; KeyID and pages are lost",
+    ),
+    "keyid-before-writeback": Break(
         "a KeyID is given back before the caches are written back",
         "two-teardowns",
         1,
         "vm_bugged",
         ((tdx_teardown, "smp_func_do_phymem_cache_wb", _nothing),),
+        "TDH.MNG.KEY.FREEID answers TDX_WBCACHE_NOT_COMPLETE; the KeyID is lost",
     ),
     "reclaim-before-keyid": Break(
         "pages are reclaimed while the TD still has its KeyID",
         "two-teardowns",
         1,
-        "leaked",
-        ((tdx_teardown, "tdx_mmu_release_hkid", _nothing),),
+        "Warned",
+        (
+            (tdx_teardown, "tdx_mmu_release_hkid", _nothing),
+            (tdx_teardown, "_reclaim_or_leak", tdx_teardown.tdx_reclaim_page),
+        ),
+        "TDH.PHYMEM.PAGE.RECLAIM answers TDX_LIFECYCLE_STATE_INCORRECT, and KVM warns",
     ),
 }

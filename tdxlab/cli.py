@@ -128,6 +128,8 @@ def _add_explore(commands: argparse._SubParsersAction[_Parser]) -> None:
     explore.add_argument("--vcpus", type=_vcpus, metavar="N", help=note)
     note = "turn a rule of KVM off, such as no-freeze; any other word prints them all"
     explore.add_argument("--break", dest="rule", metavar="RULE", help=note)
+    note = "let others move inside of a SEAMCALL too, where it holds all its locks"
+    explore.add_argument("--inside-seamcalls", action="store_true", help=note)
     explore.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     explore.set_defaults(run=_explore)
 
@@ -250,6 +252,7 @@ def _explore(options: argparse.Namespace) -> int:
                 options.json,
                 sys.stdout,
                 lambda states, _moves: show(states, 0),
+                inside_seamcalls=options.inside_seamcalls,
             )
     except ValueError as mistake:
         return _complain(str(mistake))

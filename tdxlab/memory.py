@@ -22,9 +22,9 @@ the line.
 Differs: real parts with cryptographic integrity may give a host that reads a TD's line a fixed
 pattern instead of ciphertext; our sources do not settle which, so the model shows what encryption
 alone would show. Nor do they say how a part without MACs answers; here the TD-owner bit is all that
-it checks. KeyID 0 is without encryption, as if it were bypassed. Caches are not modelled: a write
-reaches memory at once, and a write-back only counts. Addresses without RAM read as zeros and
-swallow what is written.
+it checks. KeyID 0 is without encryption, as if it were bypassed. A write reaches memory at once;
+what could still be dirty in a cache is only noted (`caches`). Addresses without RAM read as zeros
+and swallow what is written.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from tdxlab.arch import (
     PAGE_SIZE,
     WORDS_PER_PAGE,
 )
+from tdxlab.caches import Caches
 from tdxlab.hardware import Region
 from tdxlab.journal import Journal, Row, Table, Words
 from tdxlab.trace import Trace
@@ -144,6 +145,8 @@ class Memory:
         self._tag_of = Row(journal, 1 << keyid_bits)
         for keyid in range(1 << keyid_bits):
             self._tag_of.put(keyid, keyid | (OWNED if keyid >= first_private else 0))
+        #: what may still be dirty in a cache under a private KeyID
+        self.caches = Caches(journal)
         self._cursor = Row(journal, 1)
         self.words.extent = 0
 
@@ -241,6 +244,16 @@ class Memory:
         tag = self._tag_of.view[keyid]
         self._tag_of.put(keyid, tag & OWNED | tag + len(self._tag_of) & KEY)
 
+    def write_back_page(self, hpa: int, keyid: int) -> None:
+        """Write back and invalidate the page's lines under `keyid`."""
+        pfn, tag = hpa >> PAGE_SHIFT, self._tag_of.view[keyid]
+        if tag & OWNED and self.tags.view[pfn] == tag:
+            self.caches.pages.put(pfn, tag)
+
+    def write_back_key(self, keyid: int) -> None:
+        """Every line under `keyid`, which nobody uses any more, was written back."""
+        self.caches.keys.put(self._tag_of.view[keyid], True)
+
     def keyid_of(self, hpa: int) -> int:
         """The KeyID that the line at `hpa` was last written with."""
         return self.tag(hpa) & len(self._tag_of) - 1
@@ -268,8 +281,10 @@ class Memory:
         return int(self.tags.view[pfn])
 
     def _tag_page(self, pfn: int, keyid: int) -> None:
-        tag = self._tag_of.view[keyid]
-        if self.tags.view[pfn] != tag:
+        tag, old = self._tag_of.view[keyid], self.tags.view[pfn]
+        if old != tag:
+            if old & OWNED:
+                self.caches.change_key(pfn, old)
             self.tags.put(pfn, tag)
         if pfn in self._mixed:
             self._mixed.drop(pfn)

@@ -24,6 +24,8 @@ def command(
     is_json: bool,
     out: TextIO,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    inside_seamcalls: bool = False,
 ) -> int:
     """Explore the scenario `name` and print what was found; returns the exit status, 1 if a rule is
     broken somewhere.
@@ -35,17 +37,24 @@ def command(
         raise ValueError(f"there is no rule {rule!r}; choose one of {', '.join(BREAKS)}")
     most = SCENARIOS[name].most if name in SCENARIOS else DEFAULT_VCPUS
     number = min(DEFAULT_VCPUS, most) if vcpus is None else vcpus
-    race = build(name, number)
+    race = build(name, number, inside_seamcalls=inside_seamcalls)
     with nullcontext() if rule is None else broken(rule):
         found = race.explore(progress=progress)
     if is_json:
-        print(as_json(name, number, rule, found), file=out)
+        print(as_json(name, number, rule, found, inside_seamcalls=inside_seamcalls), file=out)
     else:
         print("\n".join(as_text(name, number, rule, found)), file=out)
     return EXIT_VIOLATIONS if found.violations else 0
 
 
-def as_json(name: str, vcpus: int, rule: str | None, found: Exploration) -> str:
+def as_json(
+    name: str,
+    vcpus: int,
+    rule: str | None,
+    found: Exploration,
+    *,
+    inside_seamcalls: bool = False,
+) -> str:
     """One object on one line. schedules: null if they cannot be counted, or were not all made."""
     violations = [
         {"invariant": violation.invariant, "schedule": [list(step) for step in violation.schedule]}
@@ -56,6 +65,7 @@ def as_json(name: str, vcpus: int, rule: str | None, found: Exploration) -> str:
             "scenario": name,
             "vcpus": vcpus,
             "broken": rule,
+            "inside_seamcalls": inside_seamcalls,
             "schedules": found.schedules,
             "states": found.states,
             "transitions": found.transitions,
@@ -70,6 +80,7 @@ def as_text(name: str, vcpus: int, rule: str | None, found: Exploration) -> Iter
     yield f"{name} with {vcpus} vCPU{'s' if vcpus > 1 else ''}: {SCENARIOS[name].what}"
     if rule is not None:
         yield f"{rule} turned off: {BREAKS[rule].what}"
+        yield f"what {BREAKS[rule].scenario} shows: {BREAKS[rule].shows}"
     schedules = "schedules without end" if found.complete else "schedules not counted"
     if found.schedules is not None:
         schedules = f"{found.schedules:,} schedules"

@@ -27,6 +27,7 @@ from tdxlab.kvm.spte import FROZEN_SPTE, SHADOW_NONPRESENT_VALUE, spte_to_pfn
 from tdxlab.kvm.tdp_iter import TdpIter, gfn_root_bits
 from tdxlab.kvm.vm import OUTSIDE_GUEST_MODE, Vm
 from tdxlab.machine import Machine
+from tdxlab.seam.rules import PT_REG
 from tdxlab.steps import Operation
 from tdxlab.vmm_errors import IoctlError
 from tdxlab.vmm_td import Td
@@ -119,7 +120,7 @@ def use_a_free_page(bench: Bench) -> None:
 
 
 def lose_count_of_pages(bench: Bench) -> None:
-    bench.machine.host.pages._counts.put(0, bench.machine.host.pages._counts.view[0] - 1)
+    bench.machine.host.pages.counts.put(0, bench.machine.host.pages.counts.view[0] - 1)
 
 
 def return_a_page_that_is_in_use(bench: Bench) -> None:
@@ -128,8 +129,17 @@ def return_a_page_that_is_in_use(bench: Bench) -> None:
     pages.free_page(hpa)
     other = pages.alloc_page("first")
     pages.free_page(other)
-    pages._use.put(other >> PAGE_SHIFT, pages._numbers["first"])
-    pages._counts.put(0, pages._counts.view[0] + 1)
+    pages.uses.put(other >> PAGE_SHIFT, pages._numbers["first"])
+    pages.counts.put(0, pages.counts.view[0] + 1)
+
+
+def clear_a_page_before_its_lines_are_written_back(bench: Bench) -> None:
+    memory, rows = bench.machine.memory, bench.machine.module.pamt.in_use()
+    used = [r.hpa for r in rows if r.page_type == PT_REG and memory.is_td_owned(r.hpa)]
+    memory.write_back_page(used[0], bench.td.keyid or 0)
+    for hpa in used[:2]:
+        memory.clear_page(hpa)
+    assert list(memory.caches.overtaken) == [used[1] >> PAGE_SHIFT]
 
 
 def keep_a_control_page_as_a_table_page(bench: Bench) -> None:
@@ -242,6 +252,12 @@ DAMAGES: list[tuple[Callable[[Bench], None], int, str, str]] = [
     (leave_an_entry_blocked, 11, "nothing is frozen", "quiet"),
     (block_an_entry_without_a_page, 1, "blocked pages are still in the sept", "always"),
     (forget_where_a_vcpu_is, 13, "vcpus inside can be kicked", "always"),
+    (
+        clear_a_page_before_its_lines_are_written_back,
+        14,
+        "pages are written back before they change keys",
+        "always",
+    ),
 ]
 
 
@@ -384,7 +400,7 @@ def test_check_notices_a_kernel_that_frees_what_it_could_not_remove(
     young: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tdx_hooks, "tdx_sept_zap_private_spte", done(0))
-    young.td.guest_memory.page_refs.drop(young.spte(PRIVATE) >> PAGE_SHIFT & (1 << 40) - 1)
+    young.td.guest_memory.put_page(young.spte(PRIVATE) >> PAGE_SHIFT & (1 << 40) - 1)
     young.td.punch_hole(PRIVATE, 0x1000)
     assert "the module owns no free page" in broken(young.machine, "always")
 

@@ -40,18 +40,28 @@ def test_explore_prints_json_with_the_schedule_of_each_violation(
 def test_explore_prints_a_table_of_the_shortest_schedule(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["explore", "zap-enter", "--break", "no-track"]) == 1
+    assert main(["explore", "zap-enter", "--vcpus", "1", "--break", "no-track"]) == 1
     text = capsys.readouterr().out
     assert "no-track turned off: " in text
     assert "TLB_TRACKING_NOT_DONE" in text
     assert "punch hole" in text
 
 
+def test_explore_looks_inside_seamcalls_if_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = []
+    for arguments in (["same-page"], ["same-page", "--inside-seamcalls"]):
+        assert main(["explore", *arguments, "--json"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["inside_seamcalls"] == (len(arguments) == 2)
+        counts.append(printed["schedules"])
+    assert counts[0] < counts[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
         (["other"], "choose one of same-page, fresh-region, far-apart"),
-        (["zap-enter", "--vcpus", "2"], "zap-enter is made for 1 to 1"),
+        (["zap-enter", "--vcpus", "4"], "zap-enter is made for 1 to 3"),
         (["same-page", "--break", "other"], "choose one of no-freeze"),
     ],
 )

@@ -28,6 +28,7 @@ and asks all those whose scope is met. Scopes, each containing the ones before i
     12  always  a page is represented at one level of the PAMT
     13  quiet   a vCPU is active if and only if it is inside one LP, the one it is associated with;
                 always: the host knows that it is there
+    14  always  a page of the host's takes another KeyID only after its lines were written back
 
 A `BareMachine` has no host to ask about: 1, 2, 9 and the host's share of the others hold there.
 Numbers 1 and 2 are about TDs that have their KeyID and that the host has not declared dead.
@@ -111,6 +112,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant(11, "quiet", host_pages.locks_of_the_host_are_free),
     Invariant(11, "quiet", mmu.nothing_is_frozen),
     Invariant(13, "always", host_pages.vcpus_inside_can_be_kicked),
+    Invariant(14, "always", host_pages.pages_are_written_back_before_they_change_keys),
 )
 
 

@@ -98,6 +98,16 @@ def keyids_are_those_of_the_module(picture: Picture) -> Iterator[str]:
         yield f"KVM has given out the KeyIDs {sorted(ours)}; for the module {sorted(taken)} are"
 
 
+def pages_are_written_back_before_they_change_keys(picture: Picture) -> Iterator[str]:
+    """14: nothing that is dirty under an old KeyID can overwrite what a page holds now."""
+    memory = picture.machine.memory
+    for pfn in memory.caches.overtaken if picture.host is not None else ():
+        yield (
+            f"the page {pfn << PAGE_SHIFT:#x} was given another KeyID while lines of its old one "
+            "may be dirty in a cache"
+        )
+
+
 def locks_of_the_host_are_free(picture: Picture) -> Iterator[str]:
     """11, the host's share: locks, invalidations in progress, and the door that a zap closes."""
     if picture.host is None:

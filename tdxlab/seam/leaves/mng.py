@@ -215,6 +215,7 @@ def tdh_mng_key_freeid(call: Call) -> Operation:
     yield ("TDH.MNG.KEY.FREEID", td.tdr)
     # -- effects: nothing below may fail
     module.keys.states.put(td.hkid, HKID_FREE)
+    module.memory.write_back_key(td.hkid)
     words.put(td.page + Tdr.LIFECYCLE, TD_TEARDOWN)
 
 

@@ -99,6 +99,7 @@ def tdh_phymem_page_wbinvd(call: Call) -> Operation:
     lock_page(call, pa & ~module.memory.keyid_mask, OPERAND_ID_RCX, PT_NDA)
     yield ("TDH.PHYMEM.PAGE.WBINVD", pa)
     # -- effects: nothing below may fail
+    module.memory.write_back_page(*module.memory.split(pa))
     module.trace.count("page_wbinvd")
 
 
