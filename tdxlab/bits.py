@@ -13,6 +13,7 @@ The only file that shifts and masks anonymous numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Self, overload
 
 MASK64 = (1 << 64) - 1
@@ -81,3 +82,18 @@ class Word(int):
         """The fields that are not zero, in words: `read=1 hpa=0x12000`."""
         parts = [f"{f.name}={f.extract(self):#x}" for f in self.fields() if f.extract(self)]
         return " ".join(parts) or "all fields zero"
+
+
+def filled(words: Sequence[int], empty: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(place, word) of the words that are none of `empty`, ascending. It looks no further than the
+    last of them, so a table with a few entries at its beginning is soon read.
+    """
+    left = len(words) - sum(words.count(value) for value in empty)
+    if not left:
+        return
+    for place, word in enumerate(words):
+        if word not in empty:
+            yield place, word
+            left -= 1
+            if not left:
+                return

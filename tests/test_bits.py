@@ -2,7 +2,7 @@
 
 import pytest
 
-from tdxlab.bits import Bits, Word
+from tdxlab.bits import Bits, Word, filled
 
 
 class Entry(Word):
@@ -59,3 +59,19 @@ def test_a_subclass_has_the_fields_of_its_parent_too() -> None:
         extra = Bits(5)
 
     assert [field.name for field in Longer.fields()] == ["present", "extra", "kind", "hpa", "top"]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ([], []),
+        ([0, 9, 0], []),
+        ([5, 0, 9, 5], [(0, 5), (3, 5)]),
+        ([0] * 511 + [1], [(511, 1)]),
+        ([1, 2, 3], [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_filled_finds_the_words_that_are_not_empty(
+    words: list[int], found: list[tuple[int, int]]
+) -> None:
+    assert list(filled(words, (0, 9))) == found

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tdxlab.arch import ENTRIES_PER_TABLE, PAGE_SHIFT
+from tdxlab.bits import filled
 from tdxlab.kvm.blocked import is_blocked_spte
 from tdxlab.kvm.gmem import GuestMemfds
 from tdxlab.kvm.host import KvmHost
@@ -85,9 +86,8 @@ class VmPicture:
         if start is None:
             return
         shift = 9 * (level - 1)
-        for index, spte in enumerate(memory.words.view[start : start + ENTRIES_PER_TABLE].tolist()):
-            if spte in _UNUSED:
-                continue
+        words = memory.words.view[start : start + ENTRIES_PER_TABLE].tolist()
+        for index, spte in filled(words, _UNUSED):
             entry = Entry(level, gfn | index << shift, spte, is_mirror)
             self.entries.append(entry)
             if entry.is_link:
@@ -137,8 +137,8 @@ class VmPicture:
         vm = self.vm
         yield from ((spt, "page table") for spt in vm.sps)
         for vcpu in vm.vcpus:
-            yield from ((hpa, f"cache of {vcpu!r}") for hpa in vcpu.page_cache)
-            yield from ((hpa, f"cache of {vcpu!r}") for hpa in vcpu.external_spt_cache)
+            name = f"cache of {vcpu!r}"
+            yield from ((hpa, name) for hpa in (*vcpu.page_cache, *vcpu.external_spt_cache))
             if isinstance(vcpu, TdxVcpu) and vcpu.pi_desc > 0:
                 yield vcpu.pi_desc, f"posted-interrupt descriptor of {vcpu!r}"
         if isinstance(vm.user_memory, ProcessMemory):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from tdxlab.arch import level_size
+from tdxlab.bits import filled
 from tdxlab.invariants.picture import Picture, TdPicture, name_of
 from tdxlab.seam import sept
 from tdxlab.seam.keys import Keys
@@ -62,8 +63,8 @@ def keys_are_on_all_packages_or_awaited(picture: Picture) -> Iterator[str]:
         if td.lifecycle != TD_BLOCKED and is_complete != (td.lifecycle == TD_KEYS_CONFIGURED):
             bitmap = td.tdr_field(Tdr.PKG_CONFIG_BITMAP)
             yield f"{td} is {TD_LIFECYCLE_NAMES[td.lifecycle]} with its key on packages {bitmap:#b}"
-    for keyid, pending in enumerate(module.keys.pending_packages.view):
-        if pending and module.keys.states.view[keyid] != HKID_FLUSHED:
+    for keyid, pending in filled(module.keys.pending_packages.view.tolist(), (0,)):
+        if module.keys.states.view[keyid] != HKID_FLUSHED:
             yield f"KeyID {keyid} waits for packages {pending:#b} and is not FLUSHED"
 
 

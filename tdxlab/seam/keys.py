@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tdxlab.bits import filled
 from tdxlab.journal import Journal, Table, Words
 from tdxlab.seam.rules import HKID_FLUSHED, HKID_FREE
 
@@ -48,9 +49,8 @@ class Keys:
         """(KeyID, state, packages still to be written back as a bitmap) of each KeyID that is not
         FREE.
         """
-        for hkid in range(MAX_KEYIDS):
-            if self.states.view[hkid] != HKID_FREE:
-                yield hkid, self.states.view[hkid], self.pending_packages.view[hkid]
+        for hkid, state in filled(self.states.view.tolist(), (HKID_FREE,)):
+            yield hkid, state, self.pending_packages.view[hkid]
 
     def written_back(self, package: int) -> None:
         """Package `package` holds no line any more of the KeyIDs in its snapshot."""

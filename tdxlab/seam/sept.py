@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tdxlab.arch import EPT_RWX, HPA_MASK, WORDS_PER_PAGE, EptEntry
-from tdxlab.bits import Bits
+from tdxlab.bits import Bits, filled
 from tdxlab.memory import Memory
 from tdxlab.seam.rules import (
     FREE_BITS,
@@ -167,9 +167,8 @@ def _entries_below(
     start = memory.frames.get(table)
     if start is None:
         return
-    for number, septe in enumerate(memory.words.view[start : start + WORDS_PER_PAGE]):
-        if septe in (0, FREE_ENTRY):
-            continue
+    words = memory.words.view[start : start + WORDS_PER_PAGE].tolist()
+    for number, septe in filled(words, (0, FREE_ENTRY)):
         gpa = base | number << (12 + 9 * level)
         yield level, gpa, septe, table + 8 * number
         if level and septe & SEPT_STATE_MASK in _NON_LEAF:
