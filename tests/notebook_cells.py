@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ def saved(path: Path) -> Cells:
         )
         for cell in code_cells(path)
     }
+
+
+def changed_among(path: Path, cells: Iterable[str]) -> list[str]:
+    """As `changed_cells`, but these cells alone are run, in the order given."""
+    sources = {cell.id: cell.source for cell in code_cells(path)}
+    kept, names = saved(path), dict[str, Any]()
+    return [name for name in cells if shown_by(sources[name], names) != kept[name]]
 
 
 def changed_cells(path: Path) -> list[str]:

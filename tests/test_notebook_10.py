@@ -14,12 +14,14 @@ from tdxlab.study import (
     exercises,
     exercises_10,
     panel_teardown,
+    phymem_bugs,
     teardown_tables,
     teardown_tries,
 )
 from tdxlab.study.exercises import Variant
 from tdxlab.study.exercises_10 import EXERCISES
 from tdxlab.study.panel_teardown import NO_FAILURE, STATUSES, TIMES, TeardownPanel
+from tdxlab.study.phymem_locks import LockScene
 from tdxlab.study.teardown_lab import KEYID_FIRST, KEYID_LAST, RELEASE, Failure, TeardownLab
 from tests.exercise_checks import (
     accepted_wrongs,
@@ -27,7 +29,7 @@ from tests.exercise_checks import (
     different_questions,
     faults_of_check,
 )
-from tests.notebook_cells import changed_cells, code_cells, run_all
+from tests.notebook_cells import changed_among, changed_cells, code_cells, run_all
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "10-teardown.ipynb"
 WIDTHS = pytest.mark.parametrize("gpaw", [48, 52])
@@ -41,6 +43,8 @@ WRONG: dict[str, list[Any]] = {
     "10.5": [(3, "free"), (3, "lost"), (1,), 16, "lost"],
     "10.6": [set(), {"TDR"}, ROLES, {"private", "TDR"}, "TDR"],
     "10.7": ["TDX_SUCCESS", "TDX_OPERAND_BUSY", "nonsense", 0],
+    "10.8": [set(), set("abcde"), {"b"}, {"z"}, 3, "a"],
+    "10.9": [("types",), 4 * ("harmless",), ("nobody", "types", "types", "nonsense"), 4, "types"],
 }
 
 
@@ -209,10 +213,18 @@ def test_a_wrong_answer_gets_advice_that_is_not_the_answer(number: str) -> None:
     assert bad_advice(number, WRONG[number]) == []
 
 
-@pytest.mark.parametrize("number", ["10.4", "10.6"])
+@pytest.mark.parametrize("number", ["10.4", "10.6", "10.8"])
 def test_the_right_things_in_a_list_are_told_to_be_a_set(number: str) -> None:
     verdict = check(number, sorted(variant(number).answer))
     assert verdict.state == "right" or "in braces" in verdict.text
+
+
+def test_the_styles_that_are_wrong_are_named() -> None:
+    *rest, last = variant("10.9").answer
+    assert "Not for typed." in check("10.9", (*rest, "harmless")).text
+    assert "Give 4 of the words impossible" in check("10.9", tuple(rest)).text
+    assert "1 too many, 1 missing" in check("10.8", {"b"} | variant("10.8").answer - {"a"}).text
+    assert last != "harmless"
 
 
 def test_a_forgotten_phase_is_named() -> None:
@@ -281,6 +293,28 @@ def test_damage_turns_a_cell_red(
 ) -> None:
     monkeypatch.setattr(where, name, damage)
     assert expected in changed_cells(PATH)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "damage", "expected"),
+    [
+        (phymem_bugs, "judged", lambda *_: "nobody", ["styles-bugs", "styles-counts"]),
+        (phymem_bugs, "VARIABLES", ("tdr",), ["styles-bugs", "styles-counts"]),
+        (LockScene, "reclaim", lambda *_: "TDX_SUCCESS", ["locks-run", "locks-look"]),
+        (TeardownLab, "leaked", lambda self: {}, ["retries-run"]),
+    ],
+    ids=["nobody notices", "few variables", "no locks", "no leaks"],
+)
+def test_damage_turns_the_cells_about_the_calls_red(
+    where: Any, name: str, damage: Any, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = (
+        *("calls-imports", "styles-calls", "styles-bugs", "styles-counts"),
+        *("retries-run", "locks-run", "locks-look"),
+    )
+    monkeypatch.setattr(where, name, damage)
+    changed = changed_among(PATH, ("parameters", "imports", *cells))
+    assert set(changed) == set(expected)
 
 
 def test_a_check_that_accepts_everything_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from tdxlab.study.measurement_log import SMALL_IMAGE, Record, log_of, mrtd
 from tdxlab.study.panel_measure import MeasurePanel
 from tdxlab.tape import Tape
 from tdxlab.tdvf import Firmware, Section, parse
-from tests.notebook_cells import changed_cells, code_cells, saved, shown_by
+from tests.notebook_cells import changed_among, changed_cells, code_cells, saved, shown_by
 
 BOOK = Path(__file__).resolve().parent.parent / "notebooks" / "11-measured-launch.ipynb"
 NUMBERS = [f"11.{n}" for n in range(1, 10)]
@@ -276,14 +276,6 @@ def test_a_broken_part_turns_cells_red(
     assert cell in changed_cells(BOOK)
 
 
-def firmware_cells() -> list[str]:
-    """Of the cells about the firmware file, those that show something else than what is saved."""
-    names: dict[str, Any] = {}
-    kept = saved(BOOK)
-    cells = {cell.id: cell.source for cell in code_cells(BOOK)}
-    return [name for name in FIRMWARE_CELLS if shown_by(cells[name], names) != kept[name]]
-
-
 def _no_pages(_firmware: Firmware, _section: Section) -> Iterator[tuple[int, bytes]]:
     return iter(())
 
@@ -305,9 +297,9 @@ def test_a_broken_part_turns_the_cells_about_the_firmware_file_red(
     cells: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert firmware_cells() == []
+    assert changed_among(BOOK, FIRMWARE_CELLS) == []
     monkeypatch.setattr(owner, name, broken)
-    assert set(cells) <= set(firmware_cells())
+    assert set(cells) <= set(changed_among(BOOK, FIRMWARE_CELLS))
 
 
 def test_cells_can_be_run_twice_and_gpaw_changed_in_the_middle(

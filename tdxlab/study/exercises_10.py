@@ -9,6 +9,10 @@ from typing import Any
 from tdxlab.abi.status import TDX_OPERAND_BUSY, TDX_PAGE_METADATA_INCORRECT, TDX_SUCCESS
 from tdxlab.arch import PAGE_SIZE, SIZE_1G
 from tdxlab.study.exercises import Exercise, Variant
+from tdxlab.study.phymem_bugs import HARMLESS, OUTCOMES, Bug, all_bugs, bug_rows
+from tdxlab.study.phymem_locks import KINDS, LOCKS, OWNER, READER, LockScene
+from tdxlab.study.phymem_scene import PhymemScene
+from tdxlab.study.phymem_styles import STYLES
 from tdxlab.study.teardown_lab import (
     CACHE_WB,
     FLUSH,
@@ -252,6 +256,72 @@ def _name(failure: Failure) -> str:
     return str(failure).rpartition(": ")[2]
 
 
+# -- 10.8 and 10.9: the PHYMEM calls
+
+
+def _busy(gpaw: int, seed: int) -> Variant:
+    scene, dice = LockScene(gpaw=gpaw), random.Random(seed + 2)
+    cases = [(kind, lock, hold) for kind in KINDS for lock in LOCKS for hold in (READER, OWNER)]
+    letters = dict(zip("abcde", dice.sample(cases, 5), strict=True))
+    right = frozenset(x for x, case in letters.items() if "BUSY" in scene.reclaim(*case))
+
+    def hint(given: Any) -> str:
+        answered = {str(letter).strip().casefold() for letter in given}
+        unknown = answered - set(letters)
+        if unknown:
+            return f"{min(unknown)!r} is not among a to e; give a set of letters."
+        if isinstance(given, list | tuple) and answered == right:
+            return "These are the right ones; write them as a set, in braces."
+        return (
+            f"{len(answered - right)} too many, {len(right - answered)} missing. A reader is in "
+            "the way of a lock that is taken exclusively, an owner in the way of any; a lock that "
+            "is not taken at all can be held by anybody. The rows of lock_rows tell."
+        )
+
+    listed = "\n".join(
+        f"  {letter}) {kind}: {'a reader' if hold == READER else 'an owner'} holds {_held(lock)}"
+        for letter, (kind, lock, hold) in letters.items()
+    )
+    question = f"In which of these cases is RECLAIM of the page TDX_OPERAND_BUSY? A set.\n{listed}"
+    return Variant(question, right, hint)
+
+
+def _held(lock: str) -> str:
+    return "the 4K entry of its TDR" if lock == "TDR" else f"its {lock} entry"
+
+
+def _noticed(gpaw: int, seed: int) -> Variant:
+    scene, dice = PhymemScene(gpaw=gpaw), random.Random(seed + 2)
+    bug, outcomes = _telling_bug(scene, dice)
+    names = [style.name for style in STYLES]
+
+    def hint(given: Sequence[Any]) -> str:
+        said = [str(word).strip().casefold() for word in given]
+        if len(said) != len(names) or set(said) - set(OUTCOMES):
+            return f"Give {len(names)} of the words {', '.join(OUTCOMES)}, one for each style."
+        wrong = [name for name, a, b in zip(names, said, outcomes, strict=True) if a != b]
+        return (
+            f"Not for {', '.join(wrong)}. What does this caller have in its hands, what does the "
+            "function declare, and what does the module check? outcome(scene, style, bug) tells."
+        )
+
+    question = (
+        f'A bug: "{bug}". Who notices it in the styles {", ".join(names)}? A tuple of four of the '
+        f"words {', '.join(OUTCOMES)}. (start is 0 and again is 1.)"
+    )
+    return Variant(question, outcomes, hint)
+
+
+def _telling_bug(scene: PhymemScene, dice: random.Random) -> tuple[Bug, tuple[str, ...]]:
+    """A bug that not all styles treat alike, and what each makes of it."""
+    outcomes: tuple[str, ...] = ()
+    for bug in dice.sample(all_bugs(), k=40):
+        outcomes = bug_rows(scene, [bug])[0][1:]
+        if len(set(outcomes)) > 1 and HARMLESS not in outcomes:
+            break
+    return bug, outcomes
+
+
 EXERCISES = (
     Exercise("10.1", _count_all),
     Exercise("10.2", _saved),
@@ -260,4 +330,6 @@ EXERCISES = (
     Exercise("10.5", _leak),
     Exercise("10.6", _reclaims),
     Exercise("10.7", _cascade),
+    Exercise("10.8", _busy),
+    Exercise("10.9", _noticed),
 )
