@@ -18,12 +18,14 @@ from tdxlab.abi.leaves import (
 from tdxlab.abi.status import OPERAND_ID_RCX, TDX_OPERAND_BUSY, TDX_PAGE_METADATA_INCORRECT
 from tdxlab.accesses import Read
 from tdxlab.arch import PAGE_SIZE, SIZE_2M
+from tdxlab.crew import Actor
 from tdxlab.kvm.batching import BatchedRemoval
 from tdxlab.kvm.blocked import is_blocked_spte, make_blocked_spte
 from tdxlab.kvm.injection import FailNth
 from tdxlab.kvm.locks import WRITE
 from tdxlab.kvm.spte import FROZEN_SPTE, MMIO_MISCONFIG_VALUE, SHADOW_NONPRESENT_VALUE
 from tdxlab.kvm.tdp_iter import for_each_tdp_pte
+from tdxlab.kvm.zap import kvm_zap_gfn_range
 from tdxlab.machine import Machine
 from tdxlab.races import build
 from tdxlab.vmm_td import Td
@@ -172,11 +174,12 @@ def test_a_fault_on_a_blocked_entry_retries_and_asks_the_module_for_nothing() ->
     assert not faulting.again(steps.run(faulting.start()))
 
 
-def test_the_lock_may_go_in_the_middle_and_another_zap_takes_over(bench: Bench) -> None:
-    """The first zap gives the lock up with four pages blocked; the second removes them, too."""
+def interrupted_zap(bench: Bench) -> dict[str, int]:
+    """A zap of everything in batches of eight gives the lock up with four pages blocked; another
+    zap, of the first eight gfns, gets it. Returns what both did.
+    """
     bench.td.zap_in_batches(8)
-    vm = bench.td.vm
-    given = iter([True])
+    vm, given = bench.td.vm, iter([True])
     vm.need_resched = lambda: is_blocked_spte(bench.spte(3 * PAGE_SIZE)) and next(given, False)
     before = bench.counts()
     try:
@@ -184,17 +187,27 @@ def test_the_lock_may_go_in_the_middle_and_another_zap_takes_over(bench: Bench) 
         for _ in first:
             if not vm.mmu_lock.held(WRITE) and is_blocked_spte(bench.spte(3 * PAGE_SIZE)):
                 break
-        assert [is_blocked_spte(bench.spte(gpa)) for gpa in bench.gpas[:5]] == [True] * 4 + [False]
+        states = [is_blocked_spte(bench.spte(gfn * PAGE_SIZE)) for gfn in range(5)]
+        assert states == [True] * 4 + [False]
         second = bench.td.set_memory_attributes_steps(0, 8 * PAGE_SIZE, private=False)
         assert steps.run(bench.machine.host.on_cpu(3, second)) == 0
         assert not any(is_blocked_spte(bench.spte(gpa)) for gpa in bench.gpas)
         assert steps.run(first) == 0
     finally:
         vm.need_resched = None
-    made = {name: count - before[name] for name, count in bench.counts().items()}
-    assert made["BLOCK"] == made["REMOVE"] == made["WBINVD"] == PAGES
     assert vm.vm_bugged == ""
     invariants.check(bench.machine, "alive")
+    return {name: count - before[name] for name, count in bench.counts().items()}
+
+
+def test_the_lock_may_go_in_the_middle_and_another_zap_takes_over(bench: Bench) -> None:
+    made = interrupted_zap(bench)
+    assert made["BLOCK"] == made["REMOVE"] == made["WBINVD"] == PAGES
+
+
+def test_a_zap_whose_pages_have_all_been_removed_by_another_tracks_nothing() -> None:
+    made = interrupted_zap(Bench(gpas=[gfn * PAGE_SIZE for gfn in range(4)]))
+    assert (made["BLOCK"], made["TRACK"], made["REMOVE"]) == (4, 1, 4)
 
 
 @pytest.mark.parametrize("leaf", [TDH_MEM_RANGE_BLOCK, TDH_MEM_TRACK, TDH_MEM_PAGE_REMOVE])
@@ -216,6 +229,23 @@ def test_a_failure_ends_the_vm_and_leaks_that_page_alone(bench: Bench, leaf: int
     assert "TDX_PAGE_METADATA_INCORRECT" in bench.td.vm.vm_bugged
     assert len(bench.machine.host.pages.leaked) == 1
     assert {bench.spte(gpa) for gpa in bench.gpas} == {SHADOW_NONPRESENT_VALUE}
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_explore_finds_nothing_wrong_where_a_fault_meets_a_zap_of_two_pages(batch: int) -> None:
+    race = build("fault-zap", 1)
+    faulting, vm, host = race.actors[0], race.vms[0], race.machine.host
+    steps.run(faulting.start())
+    vm.zap_batch = batch
+    zap = Actor("zap", lambda: host.on_cpu(3, kvm_zap_gfn_range(vm, 0, 6)))
+    before = race.machine.seamcalls
+    found = race._replace(actors=(faulting, zap)).explore()
+    assert found.complete
+    assert [violation.table() for violation in found.violations] == []
+    steps.run(zap.start())
+    calls = race.machine.seamcalls
+    tracks = calls["TDH.MEM.TRACK"] - before["TDH.MEM.TRACK"]
+    assert (calls["TDH.MEM.RANGE.BLOCK"], tracks) == (2, 1 if batch else 2)
 
 
 def test_pages_that_were_only_premapped_are_emptied_at_once() -> None:
