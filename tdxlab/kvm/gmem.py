@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator
 from errno import EBADF, EEXIST, EFAULT, EINTR, EINVAL, EIO, ENOMEM, EOPNOTSUPP
 
 from tdxlab.arch import PAGE_OFFSET_MASK, PAGE_SHIFT, WORDS_PER_PAGE
-from tdxlab.journal import Field, Fields, Journalled, Table
+from tdxlab.journal import Field, Fields, Journalled, Table, Words
 from tdxlab.kvm.folios import FOLIO_HPA, IN_USE, POISONED, PREPARED, Folio, Folios, as_folio
 from tdxlab.kvm.invalidation import kvm_mmu_invalidate_begin, kvm_mmu_invalidate_end
 from tdxlab.kvm.locks import WRITE
@@ -50,7 +50,7 @@ _EVERYTHING = 1 << 52
 class GuestMemfds(Journalled):
     """The guest_memfd files of one VM. A file's number is given when it is created.
 
-    page_refs: pfn -> references that back ends hold beyond the file's own. orphans: pfn -> "its
+    page_refs: by pfn, references that back ends hold beyond the file's own. orphans: pfn -> "its
     memory failed", of referenced pages that are in no file any more.
     """
 
@@ -59,7 +59,9 @@ class GuestMemfds(Journalled):
     def __init__(self, vm: Vm) -> None:
         self.vm = vm
         self.fields = Fields(vm.journal, self)
-        self.page_refs = Table(vm.journal)
+        pfns = max(region.end for region in vm.memory.ram) >> PAGE_SHIFT
+        self.page_refs = Words(vm.journal, pfns, typecode="H", sparse=True)
+        self.page_refs.extent = 0
         #: file -> size in pages
         self._sizes = Table(vm.journal)
         #: file -> slots that it backs, ascending in the file
@@ -161,21 +163,22 @@ class GuestMemfds(Journalled):
 
     def get_page(self, pfn: int) -> None:
         """Hold a reference to a page: it is not freed before `put_page`."""
-        self.page_refs.put(pfn, self.page_refs.get(pfn, 0) + 1)
+        refs = self.page_refs
+        if pfn >= refs.extent:
+            refs.extent = pfn + 1
+        refs.cells[pfn] = refs.view[pfn] + 1
 
     def put_page(self, pfn: int) -> None:
         """Give a reference back; frees the page if it was the last and no file has the page.
 
         Refuses a page that nobody holds a reference to: ValueError.
         """
-        count = self.page_refs.get(pfn, 0)
+        refs = self.page_refs
+        count = refs.view[pfn]
         if not count:
             raise ValueError(f"nobody holds a reference to pfn {pfn:#x}; get_page comes first")
-        if count > 1:
-            self.page_refs.put(pfn, count - 1)
-            return
-        self.page_refs.drop(pfn)
-        if pfn in self.orphans:
+        refs.cells[pfn] = count - 1
+        if count == 1 and pfn in self.orphans:
             poisoned = self.orphans[pfn]
             self.orphans.drop(pfn)
             self._free(pfn, poisoned)
@@ -362,7 +365,7 @@ class GuestMemfds(Journalled):
         for index, word in list(self._folios.pages(gmem, start, end)):
             folio = as_folio(word)
             self._folios.put(gmem, index, 0)
-            if folio.pfn in self.page_refs:
+            if self.page_refs.view[folio.pfn]:
                 self.orphans.put(folio.pfn, folio.poisoned)
             else:
                 self._free(folio.pfn, folio.poisoned)

@@ -85,7 +85,7 @@ def test_set_external_spte_augments_with_a_reference_when_runnable(td: TdScene) 
     pfn = new_pfn(td)
     assert run(td.tdx.set_external_spte(GFN + 1, 1, pfn)) == 0
     assert td.machine.names() == ["TDH.MEM.PAGE.AUG"]
-    assert td.gmem.page_refs[pfn] == 1
+    assert td.gmem.page_refs.view[pfn] == 1
 
 
 @pytest.mark.parametrize(("status", "err", "dead"), [(BUSY, -EBUSY, False), (HARD, -EIO, True)])
@@ -95,7 +95,7 @@ def test_set_external_spte_drops_the_reference_after_a_failure(
     td.machine.answer(abi.TDH_MEM_PAGE_AUG, status)
     pfn = new_pfn(td)
     assert run(td.tdx.set_external_spte(GFN + 1, 1, pfn)) == err
-    assert pfn not in td.gmem.page_refs
+    assert td.gmem.page_refs.view[pfn] == 0
     assert td.vm.vm_dead is dead
 
 
@@ -111,7 +111,7 @@ def test_set_external_spte_only_counts_before_the_td_is_finalized() -> None:
     pfn = new_pfn(td)
     assert run(td.tdx.set_external_spte(GFN, 1, pfn)) == 0
     assert td.since(before) == {}
-    assert (td.tdx.nr_premapped, td.gmem.page_refs[pfn]) == (1, 1)
+    assert (td.tdx.nr_premapped, td.gmem.page_refs.view[pfn]) == (1, 1)
 
 
 def test_set_external_spte_kills_the_vm_if_premapping_is_over() -> None:
@@ -136,7 +136,7 @@ def test_remove_external_spte_blocks_tracks_kicks_removes_writes_back_clears(td:
     ]
     assert requests(td) == ["OUTSIDE_GUEST_MODE"]
     assert td.machine.trace.hardware()["movdir64b"] == cleared + 64
-    assert pfn not in td.gmem.page_refs
+    assert td.gmem.page_refs.view[pfn] == 0
     assert td.machine.calls[-1][2]["rcx"] == td.tdx.hkid << 46 | pfn << PAGE_SHIFT
 
 
@@ -188,7 +188,7 @@ def test_remove_external_spte_loses_the_page_after_a_hard_error(
     pfn = pfn_of(td, GFN)
     assert run(td.tdx.remove_external_spte(GFN, 1, pfn)) == -EIO
     assert len(td.machine.calls) == calls
-    assert td.gmem.page_refs[pfn] == 1
+    assert td.gmem.page_refs.view[pfn] == 1
     assert "SEAMCALL" in td.host.pages.leaked[pfn << PAGE_SHIFT]
 
 
@@ -217,7 +217,7 @@ def test_remove_external_spte_takes_back_a_premapped_page() -> None:
     assert run(td.tdx.remove_external_spte(0x11, 1, pfn)) == 0
     assert td.since(before) == {"TDH.MEM.RANGE.BLOCK": 1}
     assert td.tdx.nr_premapped == 0
-    assert pfn not in td.gmem.page_refs
+    assert td.gmem.page_refs.view[pfn] == 0
     assert not td.vm.vm_dead
 
 
