@@ -44,10 +44,13 @@ _WITH_DATA = (BFV, CFV)
 MR_EXTEND = 1 << 0
 PAGE_AUG = 1 << 1
 
+#: Of the metadata: signature, length, version, number of sections; and then of each section the
+#: offset and size of its data, GPA and size of its memory, type, attributes.
+HEADER = struct.Struct("<4sIII")
+DESCRIPTOR = struct.Struct("<IIQQII")
+
 _GUID_SIZE = 16
 _ENTRY_END = struct.Struct("<H16s")
-_HEADER = struct.Struct("<4sIII")
-_DESCRIPTOR = struct.Struct("<IIQQII")
 
 
 class TdvfError(ValueError):
@@ -120,9 +123,9 @@ def parse(image: bytes) -> Firmware:
     """
     offset = _metadata_offset(image)
     count = _section_count(image, offset)
-    start = offset + _HEADER.size
+    start = offset + HEADER.size
     sections = tuple(
-        _section(image, number, start + number * _DESCRIPTOR.size) for number in range(count)
+        _section(image, number, start + number * DESCRIPTOR.size) for number in range(count)
     )
     _require_apart(sections)
     return Firmware(image, offset, sections)
@@ -138,7 +141,7 @@ def _metadata_offset(image: bytes) -> int:
             if len(data) != 4:
                 raise TdvfError(f"the offset of its metadata has {len(data)} bytes; 4 are right")
             from_end = int.from_bytes(data, "little")
-            if not _HEADER.size <= from_end <= len(image):
+            if not HEADER.size <= from_end <= len(image):
                 raise TdvfError(
                     f"its metadata would begin {from_end:#x} bytes before the end of an image of "
                     f"{len(image):#x} bytes"
@@ -183,14 +186,14 @@ def _entry_end(image: bytes, start: int, end: int) -> tuple[int, UUID]:
 def _section_count(image: bytes, offset: int) -> int:
     """Number of sections in the metadata at byte `offset`."""
     count: int
-    signature, length, version, count = _HEADER.unpack_from(image, offset)
+    signature, length, version, count = HEADER.unpack_from(image, offset)
     if signature != SIGNATURE:
         raise TdvfError(f"its metadata begin with {signature!r}; {SIGNATURE!r} is right")
     if version != VERSION:
         raise TdvfError(f"its metadata have version {version}; only {VERSION} is known")
     if count < FEWEST_SECTIONS:
         raise TdvfError(f"it has sections: {count}; at least {FEWEST_SECTIONS} are needed")
-    right = _HEADER.size + count * _DESCRIPTOR.size
+    right = HEADER.size + count * DESCRIPTOR.size
     if length != right:
         raise TdvfError(f"its metadata claim {length} bytes; {count} sections have {right}")
     if offset + length > len(image):
@@ -200,7 +203,7 @@ def _section_count(image: bytes, offset: int) -> int:
 
 def _section(image: bytes, number: int, place: int) -> Section:
     """Section `number`, whose descriptor stands at byte `place`."""
-    offset, raw_size, gpa, size, kind, attributes = _DESCRIPTOR.unpack_from(image, place)
+    offset, raw_size, gpa, size, kind, attributes = DESCRIPTOR.unpack_from(image, place)
     if kind >= len(TYPE_NAMES):
         raise TdvfError(f"section {number} is of type {kind}; only 0..{len(TYPE_NAMES) - 1} exist")
     name = f"section {number} ({TYPE_NAMES[kind]})"

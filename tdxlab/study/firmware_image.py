@@ -14,9 +14,7 @@ from typing import NamedTuple
 from tdxlab import resources
 from tdxlab.measure import PER_SECTION, launch
 from tdxlab.study.measurement_log import EVERY_CHUNK, Image, Page
-from tdxlab.tdvf import Firmware, parse
-
-_HEADER_SIZE, _DESCRIPTOR_SIZE = 16, 32
+from tdxlab.tdvf import DESCRIPTOR, HEADER, Firmware, parse
 
 
 class SectionRow(NamedTuple):
@@ -102,8 +100,8 @@ def _descriptor(firmware: Firmware, number: int) -> slice:
     """Where in the file the descriptor of a section stands."""
     if not 0 <= number < len(firmware.sections):
         raise ValueError(f"section {number}: this image has 0..{len(firmware.sections) - 1}")
-    start = firmware.metadata + _HEADER_SIZE + number * _DESCRIPTOR_SIZE
-    return slice(start, start + _DESCRIPTOR_SIZE)
+    start = firmware.metadata + HEADER.size + number * DESCRIPTOR.size
+    return slice(start, start + DESCRIPTOR.size)
 
 
 def in_order(firmware: Firmware, order: tuple[int, ...]) -> Firmware:

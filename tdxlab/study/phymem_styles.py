@@ -9,7 +9,7 @@
 A type is checked here when a function is called, or a result used; a C compiler says the same
 before the program runs. A C compiler takes any number for a u64 and anything for a bool.
 
-Source: review of the PHYMEM wrappers, Linux kernel mailing list, 2024 and 2025; Linux 6.16,
+Source: the review of the PHYMEM wrappers on the Linux kernel mailing list; Linux 6.16,
 arch/x86/virt/vmx/tdx/tdx.c. Differs: in Python; no style flushes or clears pages here.
 """
 
