@@ -264,7 +264,7 @@ def kvm_mmu_faultin_pfn_private(vcpu: Vcpu, fault: PageFault, slot: Slot) -> int
     if not slot.flags & KVM_MEM_GUEST_MEMFD:
         kvm_mmu_prepare_memory_fault_exit(vcpu, fault)
         return -EFAULT
-    pfn = vm.guest_memory.get_pfn(slot.gmem, slot.gfn_to_gmem_index(fault.gfn))
+    pfn = vm.guest_memory.get_pfn(slot.gmem, slot.gmem_pgoff + fault.gfn - slot.base_gfn)
     if pfn < 0:
         kvm_mmu_prepare_memory_fault_exit(vcpu, fault)
         return pfn

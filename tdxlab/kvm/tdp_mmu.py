@@ -16,7 +16,6 @@ from tdxlab.kvm.hugepage import (
     kvm_mmu_hugepage_adjust,
     track_possible_nx_huge_page,
 )
-from tdxlab.kvm.locks import READ
 from tdxlab.kvm.page_fault import (
     RET_PF_EMULATE,
     RET_PF_FIXED,
@@ -77,7 +76,6 @@ def kvm_tdp_mmu_map(vcpu: Vcpu, fault: PageFault) -> Doing:
     root = tdp_mmu_get_root_for_fault(vcpu, fault)
     if fault.max_level > 1 or fault.nx_huge_page_workaround_enabled:
         kvm_mmu_hugepage_adjust(vcpu, fault)
-    assert vm.mmu_lock.held(READ)
     it = TdpIter(vm, root, 1, fault.gfn, 0 if root.role & IS_MIRROR else vm.gfn_direct_bits)
     installed = 0
     while it.valid:

@@ -90,23 +90,12 @@ class Tdx(Journalled):
         """A page for the module, or NO_PAGE."""
         return self.host.pages.alloc_page(f"{use} of {self.vm.name}")
 
-    # -- ExternalOps
+    # -- ExternalOps: the hooks are methods of the TD
 
-    def link_external_spt(self, gfn: int, level: int, external_spt: int) -> Hook:
-        """As `tdx_hooks.tdx_sept_link_private_spt`."""
-        return tdx_hooks.tdx_sept_link_private_spt(self, gfn, level, external_spt)
-
-    def set_external_spte(self, gfn: int, level: int, pfn: int) -> Hook:
-        """As `tdx_hooks.tdx_sept_set_private_spte`."""
-        return tdx_hooks.tdx_sept_set_private_spte(self, gfn, level, pfn)
-
-    def remove_external_spte(self, gfn: int, level: int, pfn: int) -> Hook:
-        """As `tdx_hooks.tdx_sept_remove_private_spte`."""
-        return tdx_hooks.tdx_sept_remove_private_spte(self, gfn, level, pfn)
-
-    def free_external_spt(self, gfn: int, level: int, external_spt: int) -> Hook:
-        """As `tdx_hooks.tdx_sept_free_private_spt`."""
-        return tdx_hooks.tdx_sept_free_private_spt(self, gfn, level, external_spt)
+    link_external_spt = tdx_hooks.tdx_sept_link_private_spt
+    set_external_spte = tdx_hooks.tdx_sept_set_private_spte
+    remove_external_spte = tdx_hooks.tdx_sept_remove_private_spte
+    free_external_spt = tdx_hooks.tdx_sept_free_private_spt
 
     # -- BatchedRemoval
 
