@@ -32,6 +32,25 @@ def test_run_drives_to_the_end_and_returns_the_result() -> None:
     assert log == ["a0", "a1", "a2"]
 
 
+def test_run_closes_an_operation_that_waits_for_ever() -> None:
+    closed: list[bool] = []
+
+    def waiting() -> Operation:
+        try:
+            yield (steps.WAIT, "nobody", 7)
+        finally:
+            closed.append(True)
+
+    with pytest.raises(steps.Deadlock, match="nobody"):
+        steps.run(waiting())
+    assert closed == [True]
+
+
+def test_finished_takes_no_step_and_returns_the_result() -> None:
+    assert list(steps.finished(-22)) == []
+    assert steps.run(steps.finished(-22)) == -22
+
+
 def test_round_robin_moves_each_in_turn() -> None:
     log: list[str] = []
     schedule = steps.round_robin([counting("a", 3, log), counting("b", 1, log)])
