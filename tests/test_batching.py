@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import islice, repeat
+from typing import Any
 
 import pytest
 
@@ -278,8 +279,8 @@ def test_a_blocked_entry_is_told_from_all_others() -> None:
     assert not any(map(is_blocked_spte, others))
 
 
-@pytest.mark.parametrize("pages", [-1, 513])
-def test_zap_in_batches_refuses_other_sizes(bench: Bench, pages: int) -> None:
+@pytest.mark.parametrize("pages", [-1, 513, "8", 2.5])
+def test_zap_in_batches_refuses_other_sizes(bench: Bench, pages: Any) -> None:
     with pytest.raises(ValueError, match=f"a batch of {pages} pages; choose 1..512"):
         bench.td.zap_in_batches(pages)
     assert bench.td.vm.zap_batch == 0

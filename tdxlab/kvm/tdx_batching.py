@@ -54,8 +54,8 @@ def tdx_sept_remove_blocked_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Ho
 
 def set_zap_batch(tdx: Tdx, pages: int) -> None:
     """Let zaps of the VM's mirror remove up to `pages` pages at a time; 0: one by one, as Linux
-    6.16 does. Refuses more than 512, and fewer than 0: ValueError.
+    6.16 does. Refuses anything but a whole number up to 512: ValueError.
     """
-    if not 0 <= pages <= MAX_BATCH:
+    if not (isinstance(pages, int) and 0 <= pages <= MAX_BATCH):
         raise ValueError(f"a batch of {pages} pages; choose 1..{MAX_BATCH}, or 0 for no batches")
     tdx.vm.zap_batch = pages
