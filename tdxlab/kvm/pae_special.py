@@ -168,7 +168,7 @@ class SpecialRoot:
         vm = vcpu.vm
         for index, slot in enumerate(self.slots(vcpu)):
             if slot != INVALID_PAE_ROOT:
-                drop_root(vm, vm.sps[vm.address(slot)], invalid)
+                drop_root(vm, vm.child(slot), invalid)
                 yield from self._store(vcpu, index, MASK64)
                 yield from self._store(vcpu, index, INVALID_PAE_ROOT)
 
@@ -179,14 +179,13 @@ class SpecialRoot:
         slot = self.slots(vcpu)[pdpte_index(va)]
         if slot == INVALID_PAE_ROOT:
             return 0, 0
-        return 2, vcpu.vm.address(slot) + 8 * (va >> 21 & 511)
+        return 2, vcpu.vm.child(slot).spt + 8 * (va >> 21 & 511)
 
     def sync(self, vcpu: ShadowVcpu) -> None:
         """Source: mmu.c, kvm_mmu_sync_roots."""
-        vm = vcpu.vm
         for slot in self.slots(vcpu):
             if slot != INVALID_PAE_ROOT:
-                sync_children(vcpu, vm.sps[vm.address(slot)])
+                sync_children(vcpu, vcpu.vm.child(slot))
 
     def is_obsolete(self, vcpu: ShadowVcpu) -> bool:
         """No header tells: whoever asks is told yes. Source: mmu.c, is_obsolete_root."""

@@ -127,7 +127,7 @@ def _child(vcpu: ShadowVcpu, va: int, walk: GuestWalk, level: int, sptep: int) -
     entry = vm.read(sptep)
     if not vm.is_present(entry):
         return None
-    child: ShadowPage = vm.sps[vm.address(entry)]
+    child = vm.child(entry)
     if level > walk.level or Role(child.role).access == walk.access:
         return child
     drop_parent_pte(vm, child, sptep)

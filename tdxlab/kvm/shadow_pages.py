@@ -20,6 +20,7 @@ from tdxlab.kvm.role import INVALID
 from tdxlab.kvm.shadow_params import ShadowRole
 from tdxlab.kvm.shadow_vm import FREE_OBSOLETE_ROOTS, ShadowPage, ShadowVcpu, ShadowVm
 from tdxlab.kvm.spte import SHADOW_NONPRESENT_VALUE
+from tdxlab.kvm.tdp_set import HostBug
 
 TABLE_PAGE = "shadow page"
 
@@ -64,7 +65,7 @@ def _take_low_page(vcpu: ShadowVcpu) -> int:
     if hpa == NO_PAGE:
         hpa = vcpu.vm.pages.alloc_page(TABLE_PAGE, below_4g=True)
     if hpa == NO_PAGE:
-        raise RuntimeError("host BUG: no page below 4 GiB, with mmu_lock held")
+        raise HostBug("no page below 4 GiB, with mmu_lock held")
     return hpa
 
 
@@ -213,7 +214,7 @@ def page_zap_pte(vm: ShadowVm, sptep: int, spte: int) -> bool:
     if sptep in vm.leaves:
         drop_spte(vm, sptep)
     else:
-        drop_parent_pte(vm, vm.sps[vm.address(spte)], sptep)
+        drop_parent_pte(vm, vm.child(spte), sptep)
     return True
 
 
@@ -289,7 +290,7 @@ def unsync_below(vm: ShadowVm, sp: ShadowPage) -> list[ShadowPage]:
     if sp.level == 1:
         return found
     for sptep, spte in present_entries(vm, sp):
-        child = None if sptep in vm.leaves else vm.sps[vm.address(spte)]
+        child = None if sptep in vm.leaves else vm.child(spte)
         if child is not None:
             found += [child] if child.unsync else unsync_below(vm, child)
     return found

@@ -32,6 +32,7 @@ from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.role import ACC_ALL, INVALID, LEVEL_MASK, Role
 from tdxlab.kvm.shadow_params import NESTED, NPT, SPECIAL, MemoryMap, ShadowParams, ShadowRole
 from tdxlab.kvm.spte import SPTE_MMU_PRESENT_MASK
+from tdxlab.kvm.tdp_set import HostBug
 from tdxlab.kvm.vm import INVALID_PAGE
 from tdxlab.memory import Memory
 from tdxlab.trace import Trace
@@ -332,6 +333,15 @@ class ShadowVm(Journalled):
     def address(self, spte: int) -> int:
         """The HPA in an entry."""
         return spte_address(spte, self.params.me_value)
+
+    def child(self, spte: int) -> ShadowPage:
+        """The page that a present entry links. Raises HostBug if no page is there: KVM would follow
+        the entry all the same. Source: spte.h, spte_to_child_sp.
+        """
+        sp: ShadowPage | None = self.sps.get(self.address(spte))
+        if sp is None:
+            raise HostBug(f"KVM follows the entry {spte:#x}, and no page table is there")
+        return sp
 
     def sp_of_entry(self, sptep: int) -> ShadowPage | None:
         """The page in which the entry at HPA `sptep` stands; None for a special root.
