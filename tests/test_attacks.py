@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from tdxlab.abi.leaves import TDH_MEM_PAGE_ADD, TDH_MEM_PAGE_REMOVE, TDH_PHYMEM_PAGE_WBINVD
 from tdxlab.attacks import ATTACKS, LACKS, Report, attack, command, kernel, make_stage, verdict
-from tdxlab.attacks.stage import DATA, SECRET, Stage
+from tdxlab.attacks.stage import DATA, FREE_GPA, SECRET, SOURCE_HPA, Stage
 from tdxlab.cli import main
 from tdxlab.host_td import HostTd
 from tdxlab.kvm.roots import KVM_MIRROR_ROOTS, for_each_tdp_mmu_root
@@ -47,6 +48,7 @@ EXPECTED = {
     "reclaim-early": ("life cycle", "denial of service"),
     "skip-vcpu-flush": ("life cycle", "nothing"),
     "skip-cache-flush": ("life cycle", "denial of service"),
+    "write-back-late": ("MAC", "denial of service"),
     "read-leftovers": ("encryption", "denial of service"),
     "corrupt-mirror": ("Secure EPT state", "nothing"),
     "swap-for-zeros": ("guest acceptance", "denial of service"),
@@ -134,6 +136,8 @@ def test_the_moves_can_be_taken_back_and_made_again() -> None:
         ("forge-on-the-bus", "MACs", "garbage in the guest's data"),
         ("splice-on-the-bus", "MACs", "garbage in the guest's data"),
         ("replay-on-the-bus", "MACs", "replay"),
+        ("write-back-late", "MACs", "garbage in the guest's data"),
+        ("write-back-late", "encryption and integrity", "control of the guest's data"),
         ("swap-for-zeros", "a careful guest", "control of the guest's data"),
     ],
 )
@@ -148,7 +152,7 @@ def test_what_a_stage_lacks_helps_nothing_else() -> None:
     for lacks in ("MACs", "a careful guest"):
         helped = {name for name in EXPECTED if report(name, 48, lacks).stopped_by == ""}
         never = {name for name, (stopper, _) in EXPECTED.items() if not stopper}
-        stopped = {"MACs": {"forge-on-the-bus", "splice-on-the-bus"}}
+        stopped = {"MACs": {"forge-on-the-bus", "splice-on-the-bus", "write-back-late"}}
         assert helped - never == stopped.get(lacks, {"swap-for-zeros"})
 
 
@@ -228,6 +232,20 @@ def test_the_debug_calls_read_a_debug_td(monkeypatch: pytest.MonkeyPatch) -> Non
     found = attack("look-with-debug-calls")
     assert (found.stopped_by, found.gained) == ("", "the secret")
     assert found.moves[0].outputs["r8"].to_bytes(8, "little") == SECRET[:8]
+
+
+def test_a_page_written_back_under_its_own_keyid_has_no_late_lines() -> None:
+    stage = make_stage("write-back-late")
+    rival, hpa = stage.rival, stage.spare[0]
+    stage.store(SOURCE_HPA, bytes(64))
+    stage.seamcall(TDH_MEM_PAGE_ADD, rcx=FREE_GPA, rdx=rival.tdr, r8=hpa, r9=SOURCE_HPA)
+    stage.seamcall(TDH_MEM_PAGE_REMOVE, rcx=FREE_GPA, rdx=rival.tdr)
+    pa = stage.machine.memory.join(hpa, rival.keyid)
+    stage.seamcall(TDH_PHYMEM_PAGE_WBINVD, rcx=pa)
+    stage.machine.clear(hpa)
+    stage.evict(hpa, bytes(64))
+    assert stage.moves[-1].answer == "no line is dirty"
+    assert not stage.machine.memory.is_td_owned(hpa)
 
 
 # -- what the host reads

@@ -58,6 +58,7 @@ _FUNCTIONS = (
     life.reclaim_early,
     life.skip_vcpu_flush,
     life.skip_cache_flush,
+    life.write_back_late,
     life.read_leftovers,
     kernel.corrupt_mirror,
     guest.swap_for_zeros,

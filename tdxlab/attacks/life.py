@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tdxlab.abi import leaves as abi
 from tdxlab.abi.status import is_error
+from tdxlab.attacks.memory import FORGED, judge_read
 from tdxlab.attacks.stage import (
     DATA,
     DATA_GPA,
@@ -17,6 +18,7 @@ from tdxlab.attacks.verdict import (
     CONTROL,
     ENCRYPTION,
     LEAKED,
+    LIFE_CYCLE,
     NOTHING,
     TRACKING,
     Verdict,
@@ -83,6 +85,26 @@ def skip_cache_flush(stage: Stage) -> Verdict:
     stage.seamcall(abi.TDH_PHYMEM_CACHE_WB, lp=_lp_of(stage, 0))
     status = stage.seamcall(abi.TDH_MNG_KEY_FREEID, rcx=stage.tdr)
     return refused([status]) or Verdict("", CONTROL, "the KeyID is free, its lines are in a cache")
+
+
+def write_back_late(stage: Stage) -> Verdict:
+    """Take a page from a TD of one's own and give it to the victim, with the lines of the old KeyID
+    still in a cache: write them back under a wrong KeyID, which the module does not notice. When
+    the victim has written its secret there, the old lines come to memory.
+    """
+    rival, hpa = stage.rival, stage.spare[0]
+    stage.store(SOURCE_HPA, FORGED)
+    stage.seamcall(abi.TDH_MEM_PAGE_ADD, rcx=FREE_GPA, rdx=rival.tdr, r8=hpa, r9=SOURCE_HPA)
+    stage.seamcall(abi.TDH_MEM_PAGE_REMOVE, rcx=FREE_GPA, rdx=rival.tdr)
+    stage.seamcall(abi.TDH_PHYMEM_PAGE_WBINVD, rcx=hpa)
+    stage.seamcall(abi.TDH_MEM_PAGE_AUG, rcx=FREE_GPA, rdx=stage.tdr, r8=hpa)
+    stage.accept(FREE_GPA)
+    stage.guest_write(SECRET, FREE_GPA)
+    stage.evict(hpa, FORGED)
+    found = stage.guest_read(FREE_GPA)
+    if found == FORGED:
+        return Verdict("", CONTROL, "the victim reads what the host's own TD has left in a cache")
+    return judge_read(stage, found, hpa, LIFE_CYCLE)
 
 
 def read_leftovers(stage: Stage) -> Verdict:

@@ -121,17 +121,22 @@ def forge_on_the_bus(stage: Stage) -> Verdict:
 def _judge_forgery(
     stage: Stage, found: bytes | GuestOutcome, forged: bytes | None, gain: str
 ) -> Verdict:
-    """What it is worth that the victim read `found`. forged: what the attacker wants it to read,
-    None for anything but the truth.
-    """
+    """What it is worth that the victim read `found` in the place of its secret."""
     if found == forged:
         return Verdict("", gain, "the victim reads what was put there, and notices nothing")
+    return judge_read(stage, found, stage.data_hpa, ENCRYPTION)
+
+
+def judge_read(stage: Stage, found: bytes | GuestOutcome, hpa: int, otherwise: str) -> Verdict:
+    """What it is worth that the victim read `found` from the line at `hpa`, where it wrote its
+    secret. otherwise: what stopped the attack if it read just that.
+    """
     if found == SECRET:
-        return Verdict(ENCRYPTION, NOTHING, "the victim reads its own bytes")
+        return Verdict(otherwise, NOTHING, "the victim reads its own bytes")
     if isinstance(found, bytes):
         right = _alike(found, SECRET)
         return Verdict("", CORRUPTION, f"the victim reads garbage, {right} of 64 bytes are right")
-    line = dram.probe(stage.machine.memory, stage.data_hpa)
+    line = dram.probe(stage.machine.memory, hpa)
     stopper = MAC if line.td_owned else OWNER_BIT
     return Verdict(stopper, DENIAL, "a machine check at the victim's read ends the TD")
 

@@ -21,7 +21,7 @@ from tdxlab.abi import leaves as abi
 from tdxlab.abi.outcome import IN_GUEST, GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.abi.status import EXIT_REASON_MASK, is_fatal
-from tdxlab.arch import shared_bit
+from tdxlab.arch import PAGE_SHIFT, shared_bit
 from tdxlab.attacks.verdict import said
 from tdxlab.bare import BareMachine
 from tdxlab.cpu import Translation
@@ -263,6 +263,21 @@ class Stage:
         inputs = {"hpa": hpa, "bytes": size, "keyid": keyid}
         result: bytes | MachineCheck = self.tape.move(actor, name, play, inputs)
         return result
+
+    def evict(self, hpa: int, line: bytes) -> None:
+        """If a line of an earlier KeyID of the page at `hpa` may still be dirty in a cache: let it
+        come to memory. line: what it holds.
+        """
+
+        def play() -> str:
+            memory = self.machine.memory
+            tag = memory.caches.overtaken.get(hpa >> PAGE_SHIFT)
+            if tag is None:
+                return "no line is dirty"
+            memory.put_line(hpa, line, tag)
+            return "a dirty line of the old KeyID"
+
+        self.tape.move(CPU, "write a cache line back", play, {"hpa": hpa})
 
     # -- what a probe on the memory bus does
 
