@@ -286,6 +286,14 @@ def test_play_reclaims_at_the_end_what_a_failed_creation_left(at_48: Campaign) -
     assert one(at_48, no_init, flush).leaks == (("TDR", 1),)
 
 
+def test_play_loses_the_tdr_that_a_second_creation_overwrites(at_48: Campaign) -> None:
+    no_init = Failure("TDH.MNG.ADDCX", n=1, answer=campaign.FATAL)
+    reclaim = Failure("TDH.PHYMEM.PAGE.RECLAIM", n=1, answer=campaign.BUSY)
+    found = at_48.play(Run(48, (no_init, reclaim)), (WHOLE_LIFE[0], *WHOLE_LIFE))
+    assert not found.broken
+    assert (found.struck, found.outcome, found.leaks) == (2, USABLE, (("TDR", 1),))
+
+
 # ---- the books notice ----------------------------------------------------------------------------
 
 
