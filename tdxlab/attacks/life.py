@@ -93,13 +93,14 @@ def write_back_late(stage: Stage) -> Verdict:
     the victim has written its secret there, the old lines come to memory.
     """
     rival, hpa = stage.rival, stage.spare[0]
+    stage.data_gpa, stage.data_hpa = FREE_GPA, hpa
     stage.store(SOURCE_HPA, FORGED)
     stage.seamcall(abi.TDH_MEM_PAGE_ADD, rcx=FREE_GPA, rdx=rival.tdr, r8=hpa, r9=SOURCE_HPA)
     stage.seamcall(abi.TDH_MEM_PAGE_REMOVE, rcx=FREE_GPA, rdx=rival.tdr)
     stage.seamcall(abi.TDH_PHYMEM_PAGE_WBINVD, rcx=hpa)
     stage.seamcall(abi.TDH_MEM_PAGE_AUG, rcx=FREE_GPA, rdx=stage.tdr, r8=hpa)
     stage.accept(FREE_GPA)
-    stage.guest_write(SECRET, FREE_GPA)
+    stage.guest_write(DATA, FREE_GPA)
     stage.evict(hpa, FORGED)
     found = stage.guest_read(FREE_GPA)
     if found == FORGED:

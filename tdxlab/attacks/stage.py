@@ -134,7 +134,7 @@ class Stage:
     accepts a page once only; otherwise it accepts whatever is pending. cipher: None for the
     core's.
     victim, rival: a TD with the secret, and one of the host's. tdr, keyid: the victim's. data_gpa,
-    data_hpa: of its data page. spare: HPAs of free pages.
+    data_hpa: of the page with the secret. spare: HPAs of free pages.
     """
 
     def __init__(

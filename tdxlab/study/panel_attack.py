@@ -92,7 +92,8 @@ class AttackPanel(Panel):
 
     def numbers(self) -> dict[str, int]:
         """Moves so far and in all, refusals, bytes of the page that the memory holds as they were
-        written, poisoned lines, and the end."""
+        written, poisoned lines, and the end.
+        """
         stage = self.lab.stage
         return {
             "moves": self.tape.position,
