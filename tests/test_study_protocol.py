@@ -186,3 +186,12 @@ def test_explore_gives_a_schedule_that_goes_wrong_on_the_machine_too() -> None:
     lab.tape.seek(len(lab.tape))
     assert lab.verdict.startswith("vm_bugged: TD 1: SEAMCALL TDH_MEM_PAGE_AUG failed")
     assert "TDX_EPT_WALK_FAILED" in lab.verdict
+
+
+def test_comparison_notices_a_protocol_that_lets_nobody_be_disturbed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = protocol_search.explore(PROTOCOLS["same-page"](2))
+    monkeypatch.setattr(protocol_search, "disturb", lambda standing: standing)
+    spoilt = protocol_search.explore(PROTOCOLS["same-page"](2))
+    assert (spoilt.schedules, spoilt.verdicts) != (kept.schedules, kept.verdicts)

@@ -21,7 +21,7 @@ from tdxlab.breaks import BREAKS, broken
 from tdxlab.kvm.page_fault import RET_PF_FIXED, RET_PF_RETRY, RET_PF_SPURIOUS
 from tdxlab.kvm.spte import FROZEN_SPTE, SPTE_MMU_PRESENT_MASK
 from tdxlab.kvm.tdp_mmu import kvm_tdp_mmu_get_walk
-from tdxlab.races import Race, build
+from tdxlab.races import THREAD_LP, Race, build
 from tdxlab.seam import sept
 from tdxlab.seam.td import Tdcs, Tdr
 from tdxlab.study import protocol
@@ -33,6 +33,9 @@ from tdxlab.tape import Action, Tape
 BUDGET = 8_000
 #: Moves after which `run_on` gives up.
 MOST_MOVES = 400
+
+#: What a thread that has ended comes to.
+DONE = "done"
 
 _RESULTS = {
     RET_PF_RETRY: "RET_PF_RETRY",
@@ -115,7 +118,8 @@ class RaceTape(Tape):
             raise ValueError(f"{who} stands at {waits!r}: let another one move first")
         del self._actions[self.position - 1 :]
         number = self._numbers[who]
-        self._actions.append(Action("move", number, did, who, {}, _played_by_its_player))
+        lp = number if who.startswith("vCPU") else THREAD_LP
+        self._actions.append(Action("move", lp, did, who, {}, _played_by_its_player))
         return did
 
     def seek(self, position: int) -> None:
@@ -142,6 +146,13 @@ def _played_by_its_player() -> None:
     raise AssertionError("a move is made by the tape's player, not alone")
 
 
+def make_race(scenario: str, vcpus: int) -> Race:
+    """The scenario; where `protocol` has it, others may move while a SEAMCALL is inside the
+    module. Refuses what `races.build` refuses: ValueError.
+    """
+    return build(scenario, vcpus, inside_seamcalls=scenario in PROTOCOLS)
+
+
 class RaceLab:
     """One scenario at its beginning. rule: one of RULES to turn off.
 
@@ -155,9 +166,10 @@ class RaceLab:
         if rule not in RULES:
             raise ValueError(f"no rule {rule!r} here; choose one of {', '.join(RULES[1:])}")
         self.scenario, self.vcpus, self.rule = scenario, vcpus, rule
-        self.race = build(scenario, vcpus)
+        self.race = make_race(scenario, vcpus)
         self.tape = RaceTape(self.race, rule)
         self.names = [actor.name for actor in self.race.actors]
+        self._seamcalls_before = sum(self.race.machine.seamcalls.values())
 
     # -- moving
 
@@ -194,7 +206,7 @@ class RaceLab:
             return [self.names[vcpu] for vcpu, _ in schedule]
         self.tape.seek(0)
         with self.tape.rule_off():
-            found = build(self.scenario, self.vcpus).explore(budget=BUDGET)
+            found = make_race(self.scenario, self.vcpus).explore(budget=BUDGET)
         if found.violations:
             return [who for who, _ in found.violations[0].schedule]
         if not found.complete:
@@ -208,7 +220,7 @@ class RaceLab:
         """
         schedule = self.shortest()
         if not schedule:
-            kept = f"with {self.rule!r} turned off" if self.rule else "with all rules kept"
+            kept = f"with the break {self.rule}" if self.rule else "with all rules kept"
             raise ValueError(f"no schedule of {self.scenario} goes wrong {kept}")
         self.tape.seek(0)
         for who in schedule:
@@ -224,6 +236,10 @@ class RaceLab:
         if player.fault is not None:
             return f"{player.fault.name}: {player.fault.explanation}"
         return "deadlock: nobody can move" if player.end == "deadlock" else ""
+
+    def seamcalls(self) -> int:
+        """SEAMCALLs since the beginning, those that were refused too."""
+        return sum(self.race.machine.seamcalls.values()) - self._seamcalls_before
 
     def entries(self) -> list[EntryRow]:
         """The contested entries in the present state."""
@@ -268,9 +284,14 @@ class RaceLab:
         for who, label in self.tape.player.next_steps.items():
             mine = [action.name for action in moves if action.phase == who]
             retries = sum(result_of(name) == "RET_PF_RETRY" for name in mine)
-            comes = step_of(label, mine) if label else result_of(mine[-1]) or "done"
+            comes = step_of(label, mine) if label else _ended_with(result_of(mine[-1]))
             rows.append(ActorRow(who, comes, len(mine), retries))
         return rows
+
+
+def _ended_with(result: str) -> str:
+    """A result for people: that of a thread, 0, says nothing that "done" does not."""
+    return result if result in _RESULTS.values() else DONE
 
 
 def result_of(label: str) -> str:
@@ -301,3 +322,14 @@ def moves_of(tape: Tape) -> list[tuple[str, str, str]]:
         rows.append((action.phase, step_of(action.name, before), result_of(action.name)))
         before.append(action.name)
     return rows
+
+
+def first_words(verdict: str) -> str:
+    """A verdict without addresses: the rule, and of a SEAMCALL its name and status; "" of none."""
+    if not verdict:
+        return ""
+    name, _, why = verdict.partition(": ")
+    if "SEAMCALL" in why:
+        leaf, _, rest = why.partition("SEAMCALL ")[2].partition(" failed")
+        return f"{name}: {leaf} {rest.partition('(')[2].partition(' ')[0]}"
+    return f"{name}: {why.partition(': the ')[0]}"
