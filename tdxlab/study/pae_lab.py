@@ -28,11 +28,12 @@ from tdxlab.kvm.pae_pdpte import (
     make_nonleaf_spte,
     reserved_bits_set,
 )
+from tdxlab.kvm.role import Role
 from tdxlab.kvm.shadow import kvm_mmu_zap_all_fast, zap_page
 from tdxlab.kvm.shadow_params import AMD, INTEL, SPECIAL, MemoryMap, ShadowParams
 from tdxlab.kvm.shadow_roots import design_of
 from tdxlab.kvm.shadow_run import access, set_cr0, set_cr3, set_cr4, start
-from tdxlab.kvm.shadow_vm import ShadowVcpu
+from tdxlab.kvm.shadow_vm import ShadowPage, ShadowVcpu
 from tdxlab.kvm.tdp_set import HostBug
 from tdxlab.step_tape import StepTape
 from tdxlab.steps import Operation, Step, run
@@ -241,20 +242,19 @@ class PaeLab:
         ]
 
     def pages(self) -> list[PageRow]:
-        """Every shadow page, upper levels first, by address."""
-        rows = [
+        """Every shadow page: upper levels first, then by gfn and quadrant."""
+        return [
             PageRow(
                 sp.spt,
                 sp.level,
                 hex(sp.gfn),
-                sp.role >> 5 & 3 if sp.role & 0x10 else 0,
+                quadrant_of(sp),
                 sp.root_count,
                 len(sp.parents),
                 "invalid" if sp.is_invalid else "out of sync" if sp.unsync else "in use",
             )
-            for sp in self.vm.sps.values()
+            for sp in sorted(self.vm.sps.values(), key=_place)
         ]
-        return sorted(rows, key=lambda row: (-row.level, row.hpa))
 
     def registers(self) -> list[int]:
         """The PDPTE registers of vCPU 0 on Intel; [] while it is out, and on AMD."""
@@ -273,3 +273,13 @@ def _until_a_crash(operation: Operation) -> Generator[Step, None, Any]:
         return (yield from operation)
     except HostBug:
         return HOST_CRASH
+
+
+def quadrant_of(sp: ShadowPage) -> int:
+    """The quadrant of a page that shadows entries of 4 bytes, else 0."""
+    role = Role(sp.role)
+    return role.quadrant if role.has_4_byte_gpte else 0
+
+
+def _place(sp: ShadowPage) -> tuple[int, int, int, int]:
+    return -sp.level, sp.gfn, quadrant_of(sp), sp.spt

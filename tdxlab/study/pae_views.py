@@ -7,10 +7,11 @@ from html import escape
 
 from matplotlib.axes import Axes
 
+from tdxlab.arch import PAGE_OFFSET_MASK
 from tdxlab.kvm.pae_pdpte import Pdpte, pdptr_rsvd_bits, reserved_bits_set
 from tdxlab.kvm.shadow_params import DESIGNS, SPECIAL
 from tdxlab.study import plots
-from tdxlab.study.pae_lab import PaeLab
+from tdxlab.study.pae_lab import PaeLab, quadrant_of
 from tdxlab.study.pae_tables import MemoryRow, SwitchRow
 from tdxlab.study.palette import (
     BLACK,
@@ -38,7 +39,7 @@ C_BIT = Look("C-bit", PURPLE, BLACK, "C", "//")
 ILLEGAL = Look("reserved, set", VERMILLION, BLACK, "x", "xx")
 UNHEEDED = Look("reserved, set, and P = 0", GREY, BLACK, "u", "--")
 CLEAR = Look("clear", WHITE, BLACK, "", "")
-RESERVED = Look("reserved, clear", "#eeeeee", BLACK, "r", "")
+RESERVED = Look("reserved, clear", WHITE, BLACK, "r", "")
 
 #: Design -> its look in plots.
 DESIGN_LOOKS = dict(
@@ -114,56 +115,82 @@ def pdpte_drawing(pdpte: int, maxphyaddr: int) -> Drawing:
 # -- what hangs on the slots
 
 
+_MOST = 10
+_LEFT, _TOP, _COLUMN, _STEP, _WIDE = 150, 22, 132, 34, 122
+
+
 def tree_svg(lab: PaeLab) -> str:
     """vCPU 0's root, the page directories and tables, and what links what."""
-    vm, rows = lab.vm, lab.slots()
-    tops = {sp.spt: sp for sp in vm.sps.values()}
-    columns: list[list[int]] = [[], []]
-    for page in lab.pages():
-        if page.level < 3:
-            columns[2 - page.level].append(page.hpa)
+    columns = [[row.hpa for row in lab.pages() if row.level == level] for level in (2, 1)]
     places = {
-        hpa: (150 + 132 * column, 22 + 34 * row)
+        hpa: (_LEFT + _COLUMN * column, _TOP + _STEP * row)
         for column, pages in enumerate(columns)
         for row, hpa in enumerate(pages[:_MOST])
     }
-    body = [text(2, 13, "root", size=11)]
-    body += [
-        text(150 + 132 * i, 13, name, size=11) for i, name in enumerate(("level 2", "level 1"))
-    ]
-    lines = []
-    for row in rows:
-        y = 22 + 34 * row.slot
-        child = vm.address(row.raw)
-        state = "bad" if row.bad else "none" if child not in tops else f"{child:#x}"
-        body += [_box(2, y, f"slot {row.slot}", state, fill=ILLEGAL.colour if row.bad else WHITE)]
-        if child in places and row.present:
-            lines.append(_line((112, y + 14), places[child]))
-    for hpa, (x, y) in places.items():
-        sp = tops[hpa]
-        fill = GREY if sp.is_invalid else "#e5f5fb" if sp.level == 2 else "#e2f4ec"
-        quadrant = f" q{sp.role >> 5 & 3}" if sp.role & 0x10 else ""
-        roots = f", {sp.root_count} roots" if sp.level == 2 and lab.params.design == SPECIAL else ""
-        body.append(_box(x, y, f"{hpa:#x}", f"gfn {sp.gfn:#x}{quadrant}{roots}", fill=fill))
-        for parent in sp.parents:
-            start = places.get(parent & ~0xFFF)
-            if start and sp.level == 1:
-                lines.append(_line((start[0] + 122, start[1] + 14), (x, y)))
+    heads = ((2, "root"), (_LEFT, "level 2"), (_LEFT + _COLUMN, "level 1"))
     hidden = sum(max(len(pages) - _MOST, 0) for pages in columns)
-    height = 30 + 34 * max(4, *(min(len(pages), _MOST) for pages in columns))
-    body.append(text(2, height - 4, f"and {hidden} more pages" if hidden else "", size=10))
-    present = sum(row.present for row in rows)
+    height = 30 + _STEP * max(4, *(min(len(pages), _MOST) for pages in columns))
+    lines = _slot_lines(lab, places) + _page_lines(lab, places)
+    body = [
+        f'<path d="{"".join(lines)}" stroke="#666" fill="none"/>' if lines else "",
+        *(text(x, 13, name, size=11) for x, name in heads),
+        *_slot_boxes(lab),
+        *_page_boxes(lab, places),
+        text(2, height - 4, f"and {hidden} more pages" if hidden else "", size=10),
+    ]
+    present = sum(row.present for row in lab.slots())
     said = f"Root: {present} of 4 slots present; {len(columns[0])} page directories, "
-    said += f"{len(columns[1])} tables"
-    path = f'<path d="{"".join(lines)}" stroke="#666" fill="none"/>' if lines else ""
-    return drawing(408, height, said, [path, *body])
+    return drawing(408, height, said + f"{len(columns[1])} tables", body)
 
 
-_MOST = 10
+def _slot_boxes(lab: PaeLab) -> list[str]:
+    boxes = []
+    for row in lab.slots():
+        child = lab.vm.address(row.raw)
+        state = "illegal" if row.bad else f"{child:#x}" if child in lab.vm.sps else "links nothing"
+        fill = ILLEGAL.colour if row.bad else WHITE
+        boxes.append(_box(2, _TOP + _STEP * row.slot, f"slot {row.slot}", state, fill=fill))
+    return boxes
+
+
+def _page_boxes(lab: PaeLab, places: dict[int, tuple[int, int]]) -> list[str]:
+    boxes = []
+    for hpa, (x, y) in places.items():
+        sp = lab.vm.sps[hpa]
+        words = [f"gfn {sp.gfn:#x}" + (f" q{quadrant_of(sp)}" if sp.has_gptes else "")]
+        words += [f"held {sp.root_count}"] * bool(sp.root_count) + ["invalid"] * sp.is_invalid
+        fill = GREY if sp.is_invalid else WHITE
+        boxes.append(_box(x, y, f"{hpa:#x}", ", ".join(words), fill=fill))
+    return boxes
+
+
+def _slot_lines(lab: PaeLab, places: dict[int, tuple[int, int]]) -> list[str]:
+    """From each slot to the page directory in it."""
+    ends = {row.slot: lab.vm.address(row.raw) for row in lab.slots() if row.present}
+    return [
+        _line((112, _TOP + _STEP * slot + 14), places[hpa])
+        for slot, hpa in ends.items()
+        if hpa in places
+    ]
+
+
+def _page_lines(lab: PaeLab, places: dict[int, tuple[int, int]]) -> list[str]:
+    """From each page directory to the tables that it links."""
+    links = [(parent & ~PAGE_OFFSET_MASK, hpa) for hpa in places for parent in _parents(lab, hpa)]
+    return [
+        _line((places[start][0] + _WIDE, places[start][1] + 14), places[hpa])
+        for start, hpa in links
+        if start in places
+    ]
+
+
+def _parents(lab: PaeLab, hpa: int) -> tuple[int, ...]:
+    parents: tuple[int, ...] = lab.vm.sps[hpa].parents
+    return parents
 
 
 def _box(x: int, y: int, first: str, second: str, *, fill: str) -> str:
-    width = 110 if x < 100 else 122
+    width = 110 if x < _LEFT else _WIDE
     return (
         f'<rect x="{x}" y="{y}" width="{width}" height="29" fill="{fill}" stroke="#888"/>'
         + text(x + 4, y + 12, first, size=10)

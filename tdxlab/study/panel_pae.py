@@ -70,9 +70,9 @@ class PaePanel(Panel):
 
     def controls(self) -> Sequence[ipywidgets.Widget]:
         """What to build, what to use, the buttons."""
-        self.design = _menu("design", DESIGNS, "230px")
-        self.vendor = _menu("CPU", VENDORS, "170px")
-        self.guest = _menu("guest", GUESTS, "190px", TWO_LEVELS)
+        self.design = _menu("design", DESIGNS, "200px")
+        self.vendor = _menu("CPU", VENDORS, "160px")
+        self.guest = _menu("guest", GUESTS, "180px", TWO_LEVELS)
         self.encrypted = ipywidgets.Checkbox(
             description="C-bit (AMD)", indent=False, layout={"width": "120px"}
         )
