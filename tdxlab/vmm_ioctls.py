@@ -21,6 +21,7 @@ from tdxlab.kvm.attributes import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from tdxlab.kvm.gmem import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, GuestMemfds
 from tdxlab.kvm.memory_region import kvm_vm_ioctl_set_memory_region
 from tdxlab.kvm.set_attributes import kvm_vm_ioctl_set_mem_attributes
+from tdxlab.kvm.slot_policy import choose_slot_policy
 from tdxlab.kvm.slots import KVM_MEM_GUEST_MEMFD
 from tdxlab.kvm.user_memory import ProcessMemory
 from tdxlab.kvm.vm import Vm
@@ -197,6 +198,14 @@ class Ioctls(Journalled):
             self.vm, slot, gpa, size, flags, hva, gmem, gmem_offset
         )
         return (yield from operation)
+
+    def choose_slot_policy(self, policy: str | None, slot: int | None = None) -> None:
+        """From now on a memslot that is deleted goes by "F" (zap all), "T" (zap leaves) or "B"
+        (block); None: as Linux 6.16 decides. slot: its number; None for all.
+
+        Refuses as `kvm.slot_policy.choose_slot_policy`: ValueError. Differs: no kernel offers this.
+        """
+        choose_slot_policy(self.vm, policy, slot)
 
     def set_memory_attributes(self, gpa: int, size: int | str, *, private: bool) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES. Raises IoctlError as `kvm_vm_ioctl_set_mem_attributes`

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from tdxlab.arch import PAGE_SHIFT
 from tdxlab.invariants.host_picture import Entry, VmPicture
 from tdxlab.invariants.picture import Picture, TdPicture
+from tdxlab.kvm.parking import is_parked
 from tdxlab.kvm.role import INVALID
 from tdxlab.kvm.tdx import Tdx
 
@@ -24,10 +25,10 @@ def _living_tds(picture: Picture) -> Iterator[tuple[VmPicture, Tdx, TdPicture]]:
 
 def mirror_leaves_are_sept_leaves(picture: Picture) -> Iterator[str]:
     """1: same gfn, level and page, one for one. Before the TD is finalized the mirror is ahead by
-    the pages that KVM counts as premapped.
+    the pages that KVM counts as premapped. Pages of a parked slot are in both, blocked.
     """
     for vm, tdx, td in _living_tds(picture):
-        mirror = {(e.gfn, e.level): e.pfn for e in vm.mirror if e.is_leaf}
+        mirror = {(e.gfn, e.level): e.pfn for e in vm.mirror if e.is_leaf or _stays_blocked(vm, e)}
         leaves = (link for link in td.links if link.is_leaf)
         external = {(x.gpa >> PAGE_SHIFT, x.sept_level + 1): x.hpa >> PAGE_SHIFT for x in leaves}
         premapped = mirror.keys() - external.keys()
@@ -45,6 +46,11 @@ def mirror_leaves_are_sept_leaves(picture: Picture) -> Iterator[str]:
                     f"the S-EPT of {vm} maps gfn {gfn:#x} at level {level} to frame {pfn:#x}, "
                     f"the mirror to {what}"
                 )
+
+
+def _stays_blocked(vm: VmPicture, entry: Entry) -> bool:
+    """True for a page that a slot left behind when it was deleted."""
+    return entry.is_blocked and is_parked(vm.vm, entry.gfn)
 
 
 def mirror_tables_are_sept_tables(picture: Picture) -> Iterator[str]:
@@ -156,5 +162,5 @@ def nothing_is_frozen(picture: Picture) -> Iterator[str]:
         for entry in vm.entries:
             if entry.is_frozen:
                 yield f"{entry} of {vm} is frozen"
-            elif entry.is_blocked:
+            elif entry.is_blocked and not _stays_blocked(vm, entry):
                 yield f"{entry} of {vm} is blocked, and nobody removes its page"

@@ -86,30 +86,30 @@ def zap_mirror_leafs_in_batches(
             continue
         spte = it.old_spte
         if is_present_leaf(spte, it.level):
-            spte = yield from _block(vm, it)
+            spte = yield from block_leaf(vm, it)
         elif not is_blocked_spte(spte):
             continue
         flush = flush or not is_invalid_root(vm, root)
         if is_blocked_spte(spte):
             pending.append(Blocked(it.as_id, it.gfn, it.level, it.word, spte))
-        if len(pending) == vm.zap_batch:
+        if len(pending) >= vm.zap_batch:
             yield from _remove(vm, pending)
             pending = []
     yield from _remove(vm, pending)
     return flush
 
 
-def _block(vm: Vm, it: TdpIter) -> Generator[Step, None, int]:
+def block_leaf(vm: Vm, it: TdpIter) -> Generator[Step, None, int]:
     """Block the leaf at `it`. Returns what the entry is then: empty, if there is nothing to
     remove.
     """
     pfn = spte_to_pfn(it.old_spte)
     entry = Blocked(it.as_id, it.gfn, it.level, it.word, make_blocked_spte(pfn))
-    yield from _change(vm, entry, it.old_spte, entry.spte)
+    yield from change(vm, entry, it.old_spte, entry.spte)
     ret = yield from _back_end(vm).block_external_spte(it.gfn, it.level, pfn)
     if ret > 0:
         return entry.spte
-    yield from _change(vm, entry, entry.spte, SHADOW_NONPRESENT_VALUE)
+    yield from change(vm, entry, entry.spte, SHADOW_NONPRESENT_VALUE)
     if ret:
         vm.bug(f"block_external_spte: gfn {it.gfn:#x} could not be blocked ({ret})")
     return SHADOW_NONPRESENT_VALUE
@@ -127,7 +127,7 @@ def _remove(vm: Vm, pending: list[Blocked]) -> Work:
     for entry in pending:
         if view[entry.word] != entry.spte:
             continue
-        yield from _change(vm, entry, entry.spte, SHADOW_NONPRESENT_VALUE)
+        yield from change(vm, entry, entry.spte, SHADOW_NONPRESENT_VALUE)
         error = yield from _back_end(vm).remove_blocked_external_spte(
             entry.gfn, entry.level, spte_to_pfn(entry.spte)
         )
@@ -135,7 +135,8 @@ def _remove(vm: Vm, pending: list[Blocked]) -> Work:
             vm.bug(f"remove_blocked_external_spte: gfn {entry.gfn:#x} is not removed ({error})")
 
 
-def _change(vm: Vm, entry: Blocked, old_spte: int, new_spte: int) -> Work:
+def change(vm: Vm, entry: Blocked | TdpIter, old_spte: int, new_spte: int) -> Work:
+    """Store `new_spte` where `entry` stands, and keep the books; no hook is called."""
     write_spte(vm, entry.word, old_spte, new_spte, entry.level)
     yield from handle_changed_spte(
         vm, entry.as_id, entry.gfn, old_spte, new_spte, entry.level, shared=False

@@ -14,7 +14,7 @@ from collections.abc import Generator
 from errno import EEXIST, EINVAL
 
 from tdxlab.arch import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE
-from tdxlab.kvm import dirty, lpage, zap
+from tdxlab.kvm import dirty, lpage, parking, zap
 from tdxlab.kvm.slots import (
     KVM_MEM_GUEST_MEMFD,
     KVM_MEM_LOG_DIRTY_PAGES,
@@ -156,6 +156,8 @@ def _set_region(vm: Vm, new: Slot) -> Setting:
         return change or 0
     if change != KVM_MR_FLAGS_ONLY and _overlaps(vm, new):
         return -EEXIST
+    if vm.parked and change != KVM_MR_FLAGS_ONLY:
+        yield from parking.make_room(vm, new)
     if new.can_be_private:
         ret = yield from vm.guest_memory.bind(new)
         if ret:
@@ -267,8 +269,10 @@ def kvm_commit_memory_region(vm: Vm, old: Slot | None, new: Slot | None, change:
     vm.slots.nr_pages += (new.npages if new else 0) - (old.npages if old else 0)
     yield from dirty.kvm_mmu_slot_apply_flags(vm, old, new, change)
     if old is None:
+        assert new is not None
+        yield from parking.unpark(vm, new)
         return
     if change in (KVM_MR_DELETE, KVM_MR_MOVE):
         lpage.free_lpage_info(vm, old)
-    if change == KVM_MR_DELETE and old.can_be_private:
+    if change == KVM_MR_DELETE and old.can_be_private and old not in vm.parked:
         yield from vm.guest_memory.unbind(old)

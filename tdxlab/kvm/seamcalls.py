@@ -234,6 +234,13 @@ def tdh_mem_range_block(host: KvmHost, td: TdxTd, gpa: int, sept_level: int) -> 
     return sc_retry_ret(host, abi.TDH_MEM_RANGE_BLOCK, registers, label)
 
 
+def tdh_mem_range_unblock(host: KvmHost, td: TdxTd, gpa: int, sept_level: int) -> Answered:
+    """TDH.MEM.RANGE.UNBLOCK. Differs: Linux 6.16 has no wrapper for it."""
+    registers = Registers(gpa | sept_level, td.tdr)
+    label = ("TDH.MEM.RANGE.UNBLOCK", gpa, sept_level)
+    return sc_retry_ret(host, abi.TDH_MEM_RANGE_UNBLOCK, registers, label)
+
+
 def tdh_mem_page_remove(host: KvmHost, td: TdxTd, gpa: int, sept_level: int) -> Answered:
     """TDH.MEM.PAGE.REMOVE."""
     registers = Registers(gpa | sept_level, td.tdr)

@@ -111,6 +111,12 @@ class Tdx(Journalled):
         """As `tdx_batching.tdx_sept_remove_blocked_spte`."""
         return tdx_batching.tdx_sept_remove_blocked_spte(self, gfn, level, pfn)
 
+    # -- Unblocking
+
+    def unblock_external_spte(self, gfn: int, level: int, pfn: int) -> Hook:
+        """As `tdx_batching.tdx_sept_unblock_private_spte`."""
+        return tdx_batching.tdx_sept_unblock_private_spte(self, gfn, level)
+
     # -- Vendor
 
     def load_mmu_pgd(self, vcpu: Vcpu, root_hpa: int, root_level: int) -> Doing:

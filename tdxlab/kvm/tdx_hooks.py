@@ -128,7 +128,7 @@ def tdx_sept_zap_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
         return 1
     if tdx_operand_busy(err):
         again = tdh_mem_range_block(host, td, gpa, sept_level)
-        err, entry, level_state = yield from _retry_without_vcpus(tdx, again)
+        err, entry, level_state = yield from retry_without_vcpus(tdx, again)
     if err and _is_sept_zap_err_due_to_premap(tdx, err, entry):
         if not tdx.nr_premapped:
             tdx.vm.bug("a page is zapped that was neither added nor premapped")
@@ -158,7 +158,7 @@ def tdx_track(tdx: Tdx) -> Doing:
         return
     status = yield from tdh_mem_track(tdx.host, tdx.td)
     if status and tdx_operand_busy(status):
-        status = yield from _retry_without_vcpus(tdx, tdh_mem_track(tdx.host, tdx.td))
+        status = yield from retry_without_vcpus(tdx, tdh_mem_track(tdx.host, tdx.td))
     if status:
         tdx.bug_on("TDH_MEM_TRACK", status)
     yield from tdx.host.kick_all(tdx.vm, "OUTSIDE_GUEST_MODE")
@@ -170,7 +170,7 @@ def tdx_sept_drop_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook
     err, entry, level_state = yield from tdh_mem_page_remove(host, td, gpa, sept_level)
     if err and tdx_operand_busy(err):
         again = tdh_mem_page_remove(host, td, gpa, sept_level)
-        err, entry, level_state = yield from _retry_without_vcpus(tdx, again)
+        err, entry, level_state = yield from retry_without_vcpus(tdx, again)
     if err:
         tdx.bug_on("TDH_MEM_PAGE_REMOVE", err, entry, level_state)
         return -EIO
@@ -216,7 +216,7 @@ def tdx_clear_page(host: KvmHost, hpa: int) -> None:
     host.hardware.clear(hpa)
 
 
-def _retry_without_vcpus(tdx: Tdx, call: Generator[Step, None, T]) -> Generator[Step, None, T]:
+def retry_without_vcpus(tdx: Tdx, call: Generator[Step, None, T]) -> Generator[Step, None, T]:
     """An operand was busy: keep all vCPUs out, and make the same call once more.
 
     Source: tdx.c, tdx_no_vcpus_enter_start and tdx_no_vcpus_enter_stop, and their callers.

@@ -24,7 +24,7 @@ from tdxlab.kvm.locks import MmuLock, Mutex, Srcu
 from tdxlab.kvm.pages import NO_PAGE, PageSource
 from tdxlab.kvm.params import MmuParams, VmConfig
 from tdxlab.kvm.role import IS_MIRROR, LEVEL_MASK, tdp_root_role
-from tdxlab.kvm.slots import GuestMemory, MemSlots, NoGuestMemory, NoUserMemory, UserMemory
+from tdxlab.kvm.slots import GuestMemory, MemSlots, NoGuestMemory, NoUserMemory, Slot, UserMemory
 from tdxlab.kvm.spte import SHADOW_NONPRESENT_VALUE, Masks
 from tdxlab.kvm.vendor import PlainVendor, Vendor
 from tdxlab.memory import Memory
@@ -174,7 +174,9 @@ class Vm(Journalled):
     None means never.
     vendor: runs the vCPUs. kick_vcpus: interrupts those in the guest after a request for all; None
     where nobody runs any. zap_batch: mirror pages that are removed together; 0: one by one, without
-    blocked entries. slots, attributes, dirty, guest_memory, user_memory: see their files.
+    blocked entries. slot_policies: (slot number or None, policy), `slot_policy.py`; parked: slots
+    whose pages are blocked, `parking.py`. slots, attributes, dirty, guest_memory, user_memory: see
+    their files.
     """
 
     tdp_mmu_roots: Field[tuple[int, ...]] = Field(())
@@ -190,6 +192,8 @@ class Vm(Journalled):
     mmu_valid_gen = Field(0)
     vcpus: Field[tuple[Vcpu, ...]] = Field(())
     zap_batch = Field(0)
+    slot_policies: Field[tuple[tuple[int | None, str], ...]] = Field(())
+    parked: Field[tuple[Slot, ...]] = Field(())
 
     def __init__(
         self,

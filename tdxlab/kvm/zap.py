@@ -30,6 +30,7 @@ from tdxlab.kvm.invalidation import (
 )
 from tdxlab.kvm.locks import READ, WRITE
 from tdxlab.kvm.params import KVM_X86_DEFAULT_VM
+from tdxlab.kvm.parking import park
 from tdxlab.kvm.role import INVALID
 from tdxlab.kvm.roots import (
     FREE_OBSOLETE_ROOTS,
@@ -45,6 +46,7 @@ from tdxlab.kvm.roots import (
 )
 from tdxlab.kvm.roots import KVM_FILTER_PRIVATE as KVM_FILTER_PRIVATE
 from tdxlab.kvm.roots import KVM_FILTER_SHARED as KVM_FILTER_SHARED
+from tdxlab.kvm.slot_policy import BLOCK, ZAP_ALL, chosen_slot_policy
 from tdxlab.kvm.slots import Slot
 from tdxlab.kvm.spte import (
     PT_PAGE_SIZE_MASK,
@@ -110,7 +112,7 @@ def tdp_mmu_zap_leafs(
     flush: TLBs are to be flushed already. Returns whether they are now: leaves of an invalid root
     do not count, and if the lock was given up everything before was flushed then.
     Source: tdp_mmu.c, tdp_mmu_zap_leafs. Differs: a VM can be told to remove a mirror's pages in
-    batches.
+    batches, or to keep those of a slot blocked, which then are removed too.
     """
     return _zap_leafs(vm, (root,), start, end, can_yield, flush)
 
@@ -122,7 +124,7 @@ def _zap_leafs(
     assert vm.mmu_lock.held(WRITE)
     end = min(end, tdp_mmu_max_gfn_exclusive(vm))
     for root in roots:
-        if vm.zap_batch and root.is_mirror:
+        if root.is_mirror and (vm.zap_batch or vm.parked):
             flush = yield from zap_mirror_leafs_in_batches(vm, root, start, end, can_yield, flush)
             continue
         wanted = can_yield and is_lock_wanted(vm)
@@ -380,12 +382,17 @@ def kvm_arch_flush_shadow_memslot(vm: Vm, slot: Slot) -> Work:
     """A slot is about to be deleted or moved: nothing may map its pages any more.
 
     Source: mmu.c, kvm_arch_flush_shadow_memslot and kvm_mmu_zap_memslot.
+    Differs: user space can choose another policy (slot_policy.py).
     """
-    if kvm_memslot_flush_zap_all(vm):
+    policy = chosen_slot_policy(vm, slot)
+    if policy == ZAP_ALL or (policy is None and kvm_memslot_flush_zap_all(vm)):
         yield from kvm_mmu_zap_all_fast(vm)
         return
     yield from vm.mmu_lock.lock(WRITE)
     gfn_range = GfnRange(slot, slot.base_gfn, slot.end_gfn)
+    if policy == BLOCK and slot.can_be_private:
+        gfn_range = gfn_range._replace(attr_filter=KVM_FILTER_SHARED)
+        yield from park(vm, slot)
     if (yield from kvm_unmap_gfn_range(vm, gfn_range)):
         vm.flush_remote_tlbs()
     vm.mmu_lock.unlock(WRITE)
