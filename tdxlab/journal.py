@@ -242,7 +242,8 @@ class Words:
 
     def touched(self) -> Iterator[tuple[int, bytes]]:
         """(byte offset, content) of each 4 KiB chunk that is not all zero."""
-        raw = self._raw[: self.extent * self.itemsize]
+        # Whole chunks: what a digest sees must not depend on how far the extent has grown.
+        raw = self._raw[: -(-self.extent * self.itemsize // _CHUNK) * _CHUNK]
         for start in range(0, len(raw), _PIECE):
             piece = bytes(raw[start : start + _PIECE])
             if piece == _ZERO_PIECE[: len(piece)]:

@@ -296,3 +296,13 @@ def test_row_is_taken_back_by_a_rewind_and_counts_for_the_digest():
     journal.release(mark)
     row.put(1, 1)
     assert (row.view, len(journal)) == ([7, 1, 0], 0)
+
+
+def test_digest_of_words_does_not_depend_on_how_far_their_extent_has_grown():
+    journal = Journal()
+    words = Words(journal, 4096, typecode="H", sparse=True)
+    words.put(3, 7)
+    words.extent = 4
+    before = journal.digest()
+    words.extent = 1000
+    assert journal.digest() == before
