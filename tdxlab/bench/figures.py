@@ -165,6 +165,17 @@ def step_back() -> str:
     return f"back over 1000 events         {each:8.2f} ms      (aim 50)"
 
 
+def protocol_speed() -> str:
+    """Moves that the exploration of the small protocol makes, states and schedules counted."""
+    from tdxlab.study.protocol import PROTOCOLS
+    from tdxlab.study.protocol_search import explore
+
+    start = time.process_time()
+    found = explore(PROTOCOLS["hook-failure"](3))
+    each = found.transitions / (time.process_time() - start) / 1e6
+    return f"protocol explored             {each:8.2f} million transitions a second (goal >= 0.2)"
+
+
 #: Every figure, in the order they are printed.
 ALL: tuple[Callable[[], str], ...] = (
     dense_memory,
@@ -177,4 +188,5 @@ ALL: tuple[Callable[[], str], ...] = (
     svg_redraw,
     figure_redraw,
     step_back,
+    protocol_speed,
 )
