@@ -12,7 +12,7 @@ import pytest
 
 from tdxlab.kvm import pae_pdpte, pae_special, shadow_roots
 from tdxlab.kvm.shadow_params import AMD, RFC
-from tdxlab.study import check, exercises, pae_tables, panel_pae
+from tdxlab.study import check, exercises, panel_pae
 from tdxlab.study.exercises import Variant
 from tdxlab.study.exercises_14 import EXERCISES
 from tdxlab.study.pae_lab import PAE
@@ -253,13 +253,11 @@ def test_a_cell_is_short_and_solutions_are_tagged() -> None:
 @pytest.mark.parametrize(
     ("where", "name", "damage", "expected"),
     [
-        (pae_tables, "enter_guest", lambda *_: "fine", "when-run"),
         (pae_special, "make_root_pdpte", pae_pdpte.make_pdpte_spte, "special-run"),
         (shadow_roots, "is_root_usable", lambda *_: False, "cost-run"),
         (panel_pae, "tree_svg", lambda lab: "<svg></svg>", "panel"),
-        (PaePanel, "_build", lambda self: None, "panel-drive"),
     ],
-    ids=["no check", "bit 11", "no kept root", "no map", "no build"],
+    ids=["bit 11", "no kept root", "no map"],
 )
 def test_damage_turns_a_cell_red(
     where: Any, name: str, damage: Any, expected: str, monkeypatch: pytest.MonkeyPatch

@@ -127,7 +127,7 @@ def test_memory_rows_count_roots_and_pages_kept_ready() -> None:
 
 
 def test_count_rows_store_less_without_the_default_entry() -> None:
-    rows = {row.count: row for row in pae_tables.count_rows()}
+    rows = {row.counted: row for row in pae_tables.count_rows()}
     assert rows["slots_stored"].special > rows["slots_stored"].rfc > rows["slots_stored"].reviewed
     assert rows["vm_entries"].special == rows["vm_entries"].rfc == rows["vm_entries"].reviewed
 

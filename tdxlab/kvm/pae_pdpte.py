@@ -32,8 +32,6 @@ PT_PAGE_SIZE_MASK = 1 << 7
 INVALID_PAE_ROOT = 0
 
 PDPTES = 4
-#: Bytes of a whole table, and its alignment.
-PDPT_SIZE = 8 * PDPTES
 #: Bits of CR3 that give the place of the table: 32-byte aligned, below 4 GiB.
 CR3_PDPT_MASK = 0xFFFF_FFE0
 

@@ -39,7 +39,6 @@ from tdxlab.kvm.shadow_pages import (
     set_leaf,
     shadowing,
     try_to_unsync_pages,
-    write_protect_gfn,
 )
 from tdxlab.kvm.shadow_roots import design_of, topup_caches
 from tdxlab.kvm.shadow_sync import get_shadow_page, make_spte, sync_spte
@@ -224,7 +223,7 @@ def kvm_mmu_invalidate_addr(vcpu: ShadowVcpu, va: int) -> Generator[Step, None, 
     yield from vm.mmu_lock.lock(WRITE)
     try:
         sptep = shadow_leaf(vcpu, va)
-        sp = vm.sps[sptep & ~PAGE_OFFSET_MASK] if sptep else None
+        sp = vm.sp_of_entry(sptep) if sptep else None
         if sp is not None and sp.unsync and sptep in vm.leaves and sync_spte(vcpu, sp, sptep):
             vm.flush_remote_tlbs()
     finally:
@@ -289,9 +288,3 @@ def kvm_mmu_zap_all_fast(vm: ShadowVm) -> Generator[Step, None, None]:
             prepare_zap_page(vm, vm.sps[spt], invalid)
     commit_zap_page(vm, invalid)
     vm.mmu_lock.unlock(WRITE)
-
-
-def write_protect(vm: ShadowVm, gfn: int) -> None:
-    """Let no leaf write to the page at `gfn`, and flush if one could."""
-    if write_protect_gfn(vm, gfn):
-        vm.flush_remote_tlbs()

@@ -19,7 +19,7 @@ from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.role import INVALID
 from tdxlab.kvm.shadow_params import ShadowRole
 from tdxlab.kvm.shadow_vm import FREE_OBSOLETE_ROOTS, ShadowPage, ShadowVcpu, ShadowVm
-from tdxlab.kvm.spte import SHADOW_NONPRESENT_VALUE
+from tdxlab.kvm.spte import SHADOW_NONPRESENT_VALUE, SPTE_MMU_PRESENT_MASK
 from tdxlab.kvm.tdp_set import HostBug
 
 TABLE_PAGE = "shadow page"
@@ -139,7 +139,7 @@ def new_page(vcpu: ShadowVcpu, gfn: int, role: int) -> ShadowPage:
 def present_entries(vm: ShadowVm, sp: ShadowPage) -> list[tuple[int, int]]:
     """(HPA, value) of each entry that links or maps something."""
     table = vm.read_table(sp.spt)
-    return [(sp.spt + 8 * i, spte) for i, spte in enumerate(table) if vm.is_present(spte)]
+    return [(sp.spt + 8 * i, spte) for i, spte in enumerate(table) if spte & SPTE_MMU_PRESENT_MASK]
 
 
 def empty_value(vm: ShadowVm, parent: ShadowPage) -> int:

@@ -65,7 +65,7 @@ EMULATED = "emulated"
 GUEST_FAULT = "the guest's #PF"
 MMIO = "device memory"
 ILLEGAL_TABLE = "illegal shadow table"
-NO_MEMORY = "-ENOMEM"
+NO_MEMORY, INTERNAL_ERROR = "-ENOMEM", "-EIO"
 STUCK = "faults for ever"
 
 #: Exits after which an access is given up. A right one takes two at most.
@@ -119,14 +119,16 @@ def destroy_vcpu(vcpu: ShadowVcpu) -> Doing:
 
 
 def vcpu_enter_guest(vcpu: ShadowVcpu) -> Generator[Step, None, str]:
-    """See to the requests, load a root if there is none, and enter. Returns FINE, ENTRY_FAILURE or
-    NO_MEMORY. Source: x86.c, vcpu_enter_guest.
+    """See to the requests, load a root if there is none, and enter. Returns FINE, ENTRY_FAILURE,
+    NO_MEMORY or INTERNAL_ERROR. Source: x86.c, vcpu_enter_guest.
     """
     while True:
         if vcpu.check_request(FREE_OBSOLETE_ROOTS):
             yield from kvm_mmu_free_obsolete_roots(vcpu)
-        if vcpu.root.hpa == INVALID_PAGE and (yield from kvm_mmu_load(vcpu)):
-            return NO_MEMORY
+        if vcpu.root.hpa == INVALID_PAGE:
+            error = yield from kvm_mmu_load(vcpu)
+            if error:
+                return NO_MEMORY if error == -ENOMEM else INTERNAL_ERROR
         if MMU_SYNC in vcpu.requests:
             yield from kvm_mmu_sync_roots(vcpu)
         if vcpu.check_request(LOAD_MMU_PGD):

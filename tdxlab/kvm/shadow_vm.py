@@ -260,7 +260,8 @@ class ShadowVm(Journalled):
     # -- host memory, as the kernel reads and writes it
 
     def _key(self, hpa: int) -> int:
-        is_plain = not self.params.me_value or hpa & ~PAGE_OFFSET_MASK in self.plain
+        page = hpa & ~PAGE_OFFSET_MASK
+        is_plain = not self.params.me_value or page in self.plain or page == self.zero_page
         return PLAIN if is_plain else ENCRYPTED
 
     def read(self, hpa: int, size: int = 8) -> int:
@@ -273,7 +274,10 @@ class ShadowVm(Journalled):
 
     def read_table(self, hpa: int) -> tuple[int, ...]:
         """The 512 entries of a table, as the kernel reads them."""
-        content = self.memory.read(hpa, PAGE_SIZE, self._key(hpa))
+        if self.params.me_value:
+            content = self.memory.read(hpa, PAGE_SIZE, self._key(hpa))
+        else:
+            content = self.memory.page(hpa)
         return tuple(memoryview(content).cast("Q"))
 
     def fill_table(self, hpa: int, entry: int) -> None:
@@ -364,7 +368,9 @@ class ShadowVm(Journalled):
 
     @property
     def zero_page(self) -> int:
-        """HPA of the kernel's page of zeros, which serves as dummy root."""
+        """HPA of the kernel's page of zeros, which serves as dummy root. Differs: it is not
+        encrypted, so that it is one for every reader.
+        """
         return self.map.kernel.base
 
     # -- everybody

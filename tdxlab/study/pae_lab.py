@@ -40,13 +40,12 @@ from tdxlab.steps import Operation, Step, run
 
 PAGING_OFF, TWO_LEVELS, PAE = "paging off", "2 levels", "PAE"
 GUESTS = (PAGING_OFF, TWO_LEVELS, PAE)
-LEVELS = {PAGING_OFF: 0, TWO_LEVELS: 2, PAE: 3}
 MAX_PROCESSES = 6
 #: GiB in which each process has a page.
 USED_GIB = (0, 3)
 
 #: What can be put into a slot on purpose -> how it is made of what stands there.
-SPOILS = {
+SPOILS: dict[str, Callable[[int], int]] = {
     "an ordinary non-leaf SPTE": lambda directory: make_nonleaf_spte(directory, 0),
     "all ones": lambda directory: MASK64,
     "the accessed bit set": lambda directory: directory | 0x21,

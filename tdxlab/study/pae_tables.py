@@ -73,7 +73,7 @@ class MemoryRow(NamedTuple):
 class CountRow(NamedTuple):
     """What the same story counts under each design."""
 
-    count: str
+    counted: str
     special: int
     rfc: int
     reviewed: int

@@ -19,6 +19,7 @@ from tdxlab.kvm.shadow_roots import design_of, kvm_mmu_free_roots, kvm_mmu_load
 from tdxlab.kvm.shadow_run import (
     GUEST_FAULT,
     ILLEGAL_TABLE,
+    INTERNAL_ERROR,
     NO_MEMORY,
     STUCK,
     destroy_vcpu,
@@ -80,8 +81,11 @@ def test_alloc_root_maps_four_gibibytes_directly_while_paging_is_off() -> None:
     assert scene.access(0x5123).hpa == scene.vm.map.guest.base + 0x5123
 
 
-def test_alloc_root_without_memory_behind_cr3_installs_the_dummy_root() -> None:
-    scene = loaded(2, cr3=0x7000_0000)
+@pytest.mark.parametrize("params", [{}, {"vendor": AMD, "c_bit": 45}])
+def test_alloc_root_without_memory_behind_cr3_installs_the_dummy_root(
+    params: dict[str, object],
+) -> None:
+    scene = loaded(2, cr3=0x7000_0000, **params)
     assert scene.vcpu.root.hpa == scene.vm.zero_page
     assert scene.access(0x5000).kind == GUEST_FAULT
     run(kvm_mmu_free_roots(scene.vcpu))
@@ -219,6 +223,7 @@ def test_topup_calls_a_mixture_of_special_pages_an_error() -> None:
     scene = Scene(2, vendor=AMD, use=NESTED, tdp_level=5)
     scene.vcpu.pae_root = scene.vm.pages.alloc_page("PAE root")
     assert run(SpecialRoot().topup(scene.vcpu)) == -EIO
+    assert scene.access(0).kind == INTERNAL_ERROR
 
 
 # -- memory runs out

@@ -166,7 +166,9 @@ class Story:
 
 
 @pytest.mark.parametrize(
-    ("design", "levels", "params"), CASES, ids=lambda value: str(value).replace(" ", "-")
+    ("design", "levels", "params"),
+    CASES,
+    ids=["-".join(map(str, (case[0], case[1], *case[2].values()))) for case in CASES],
 )
 def test_shadow_tables_give_what_the_guests_tables_give(
     design: str, levels: int, params: dict[str, object]
