@@ -22,12 +22,15 @@ from tdxlab.hardware import default_platform
 from tdxlab.journal import Field, Fields, Journalled
 from tdxlab.kvm.injection import Nth
 from tdxlab.kvm.params import KVM_X86_DEFAULT_VM, MmuParams, VmConfig
+from tdxlab.kvm.rmp import Rmp
 from tdxlab.kvm.tdx_module import tdx_bringup
+from tdxlab.kvm.vm_types import KVM_X86_SNP_VM
 from tdxlab.sizes import format_size, parse_size
 from tdxlab.vmm import Gate
 from tdxlab.vmm_ioctls import unchanged_on_failure
 from tdxlab.vmm_plain import PlainVm
 from tdxlab.vmm_run import PlayingHost
+from tdxlab.vmm_snp import SnpVm
 from tdxlab.vmm_td import Td
 
 #: Where firmware ends, as on a PC.
@@ -68,6 +71,7 @@ class Machine(BareMachine, Journalled):
         self.gpaw = gpaw
         self.fields = Fields(self.journal, self)
         self.host = PlayingHost(self, params=params)
+        self.rmp = Rmp(self.journal)
         failed = steps.run(self.host.on_cpu(0, tdx_bringup(self.host)))
         if failed:
             raise ValueError(f"the TDX module did not come up: errno {-failed}; more memory helps")
@@ -127,20 +131,25 @@ class Machine(BareMachine, Journalled):
         config: VmConfig | None = None,
         discards: bool = False,
         name: str = "",
+        launch: bool = True,
     ) -> PlainVm:
         """A VM that is no TD, with its memory at GPA 0 (private if its type has private memory).
 
-        vm_type: KVM_X86_DEFAULT_VM or KVM_X86_SW_PROTECTED_VM. config: for more than the type; None
-        for the defaults. The rest as for `create_td`.
+        vm_type: KVM_X86_*_VM, all but TDX. config: for more than the type; None for the defaults.
+        launch: for an SNP VM (an `SnpVm`); False leaves `launch_finish` to the caller. The rest as
+        for `create_td`.
         """
         size = self._memory_size(memory, 48)
+        config = config or VmConfig(vm_type=vm_type)
         with unchanged_on_failure(self.journal):
-            vm = PlainVm(
-                self.host,
-                config or VmConfig(vm_type=vm_type),
-                discards=discards,
-                name=name or self._name("VM"),
-            )
+            name = name or self._name("VM")
+            if config.vm_type == KVM_X86_SNP_VM:
+                snp = SnpVm(self.host, config, rmp=self.rmp, discards=discards, name=name)
+                if launch:
+                    snp.launch_finish()
+                vm: PlainVm = snp
+            else:
+                vm = PlainVm(self.host, config, discards=discards, name=name)
             for _ in range(vcpus):
                 vm.add_vcpu()
             vm.add_memory(0, size, private=vm.vm.features.has_private_mem)

@@ -1,6 +1,8 @@
-"""A VM without a TDX module behind it, in the hands of its VMM: DEFAULT, or SW_PROTECTED.
+"""A VM without a TDX module behind it, in the hands of its VMM. SNP VMs have a file of their own.
 
 Source: Linux 6.16, Documentation/virt/kvm/api.rst (KVM_X86_SW_PROTECTED_VM).
+Differs: VMs of all types live side by side, AMD's too, and run as VMX's do; for SEV and SEV-ES
+only what their type decides in KVM's MMU is there, no encryption of memory or registers.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from tdxlab.arch import EPT_EXECUTE, EPT_READ, EPT_WRITE
 from tdxlab.cpu import EptMisconfiguration, Translation
 from tdxlab.guest import Guest
 from tdxlab.kvm.exits import KvmExit
-from tdxlab.kvm.params import KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM, VM_TYPE_NAMES, VmConfig
+from tdxlab.kvm.params import KVM_X86_TDX_VM, VM_TYPE_NAMES, VmConfig
 from tdxlab.kvm.vm import IN_GUEST_MODE, Vcpu, Vm
 from tdxlab.kvm.vmx import (
     EXIT_REASON_EPT_MISCONFIG,
@@ -104,18 +106,26 @@ class PlainDoor:
 
 
 class PlainVm(Gate):
-    """A VM of type DEFAULT or SW_PROTECTED."""
+    """A VM of type DEFAULT, SW_PROTECTED, SEV or SEV_ES. door: how its guest gets at memory, None
+    for the plain way.
+    """
 
     def __init__(
-        self, host: PlayingHost, config: VmConfig, *, discards: bool = False, name: str = "VM"
+        self,
+        host: PlayingHost,
+        config: VmConfig,
+        *,
+        discards: bool = False,
+        name: str = "VM",
+        door: PlainDoor | None = None,
     ) -> None:
         if config.vm_type == KVM_X86_TDX_VM or config.vm_type not in VM_TYPE_NAMES:
             raise ValueError(
-                f"VM type {config.vm_type}; choose KVM_X86_DEFAULT_VM or KVM_X86_SW_PROTECTED_VM, "
-                "or make a TD with create_td"
+                f"VM type {config.vm_type}; choose KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM, "
+                "KVM_X86_SEV_VM, KVM_X86_SEV_ES_VM or KVM_X86_SNP_VM, or make a TD with create_td"
             )
         vm = Vm(host.journal, host.memory, host.params, config, pages=host.pages, name=name)
-        door = PlainDoor(host)
+        door = door or PlainDoor(host)
         door.vm = vm
         width = 48 if config.root_level == 4 else 57
         super().__init__(host, vm, Guest(host.journal, door, width=width), discards=discards)
@@ -142,13 +152,13 @@ class PlainVm(Gate):
         vcpu: int | Vcpu = 0,
         progress: Progress | None = None,
     ) -> RunResult:
-        """The VMM converts the memory itself: this guest has no SHARED bit to ask with.
+        """The VMM converts the memory itself: the guest has nothing to ask with.
 
         Refuses as `Gate.convert`, and a VM without private memory: IoctlError.
         """
         size = parse_size(size)
         self.require_convertible(gpa, size, to)
-        if self.vm.config.vm_type == KVM_X86_SW_PROTECTED_VM and not self.vm.vm_dead:
+        if self.vm.features.has_private_mem and not self.vm.vm_dead:
             private = to == "private"
             operation = self.convert_steps(gpa, size, private=private)
             self.ioctl("KVM_SET_MEMORY_ATTRIBUTES", operation, lambda: "the conversion failed")

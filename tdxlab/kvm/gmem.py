@@ -18,13 +18,14 @@ from errno import EBADF, EEXIST, EFAULT, EINTR, EINVAL, EIO, ENOMEM, EOPNOTSUPP
 from tdxlab.arch import PAGE_OFFSET_MASK, PAGE_SHIFT, WORDS_PER_PAGE
 from tdxlab.journal import Field, Fields, Journalled, Table, Words
 from tdxlab.kvm.folios import FOLIO_HPA, IN_USE, POISONED, PREPARED, Folio, Folios, as_folio
+from tdxlab.kvm.gmem_arch import GmemArch
 from tdxlab.kvm.invalidation import kvm_mmu_invalidate_begin, kvm_mmu_invalidate_end
 from tdxlab.kvm.locks import WRITE
-from tdxlab.kvm.notifier import handle_ranges, kvm_mmu_unmap_gfn_range
+from tdxlab.kvm.notifier import clip_to_gmem, handle_ranges, kvm_mmu_unmap_gfn_range
 from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.slots import Slot
 from tdxlab.kvm.vm import Vm
-from tdxlab.kvm.zap import KVM_FILTER_PRIVATE, GfnRange
+from tdxlab.kvm.zap import GfnRange
 from tdxlab.memory import ZERO_PAGE
 from tdxlab.steps import WAIT, Step
 
@@ -51,7 +52,7 @@ class GuestMemfds(Journalled):
     """The guest_memfd files of one VM. A file's number is given when it is created.
 
     page_refs: by pfn, references that back ends hold beyond the file's own. orphans: pfn -> "its
-    memory failed", of referenced pages that are in no file any more.
+    memory failed", of referenced pages that are in no file. arch: what is done to each page.
     """
 
     _next = Field(0)
@@ -70,6 +71,7 @@ class GuestMemfds(Journalled):
         self.orphans = Table(vm.journal)
         #: file -> None: somebody holds its invalidate lock
         self._locked = Table(vm.journal)
+        self.arch: GmemArch | None = None
 
     # -- files
 
@@ -124,7 +126,7 @@ class GuestMemfds(Journalled):
         yield from self._lock(slot.gmem)
         try:
             bound = self._bindings[slot.gmem]
-            if any(_clip(other, slot.gmem_pgoff, end) is not None for other in bound):
+            if any(clip_to_gmem(other, slot.gmem_pgoff, end) is not None for other in bound):
                 return -EINVAL
             slots = sorted((*bound, slot), key=lambda slot: slot.gmem_pgoff)
             self._bindings.put(slot.gmem, tuple(slots))
@@ -146,8 +148,8 @@ class GuestMemfds(Journalled):
     def get_pfn(self, gmem: int, index: int) -> int:
         """Frame number of page `index` for a fault: allocated and zeroed if it is new.
 
-        -EFAULT: the file is released; -EIO: no slot is bound there; -ENOMEM; -EHWPOISON.
-        Source: kvm_gmem_get_pfn, kvm_gmem_prepare_folio.
+        -EFAULT: the file is released; -EIO: no slot is bound there; -ENOMEM; -EHWPOISON; what
+        `arch` refuses it with. Source: kvm_gmem_get_pfn, kvm_gmem_prepare_folio.
         """
         place = self._place(gmem, index)
         if place < 0:
@@ -158,6 +160,12 @@ class GuestMemfds(Journalled):
             return word
         if not word & PREPARED:
             self.vm.memory.write_page(word & FOLIO_HPA, ZERO_PAGE, 0)
+            if self.arch is not None:
+                words.cells[place] = word
+                (found,) = self._ranges(gmem, index, index + 1)
+                error = self.arch.prepare(found.start, (word & FOLIO_HPA) >> PAGE_SHIFT)
+                if error:
+                    return error
             words.cells[place] = word | PREPARED
         return (word & FOLIO_HPA) >> PAGE_SHIFT
 
@@ -319,7 +327,7 @@ class GuestMemfds(Journalled):
 
     def _ranges(self, gmem: int, start: int, end: int) -> list[GfnRange]:
         """The gfns that the pages in [start, end) back, per slot."""
-        clipped = (_clip(slot, start, end) for slot in self._bindings[gmem])
+        clipped = (clip_to_gmem(slot, start, end) for slot in self._bindings[gmem])
         return [gfn_range for gfn_range in clipped if gfn_range is not None]
 
     # -- folios
@@ -372,6 +380,8 @@ class GuestMemfds(Journalled):
 
     def _free(self, pfn: int, poisoned: bool) -> None:
         """Give the page back to the host, which does not use it again if its memory failed."""
+        if self.arch is not None:
+            self.arch.invalidate(pfn)
         if poisoned:
             self.vm.pages.leak(pfn << PAGE_SHIFT, "memory failure")
         else:
@@ -388,13 +398,3 @@ class GuestMemfds(Journalled):
 
     def _unlock(self, gmem: int) -> None:
         self._locked.drop(gmem)
-
-
-def _clip(slot: Slot, start: int, end: int) -> GfnRange | None:
-    """The gfns of a bound slot that pages [start, end) of its file back; None if there are none."""
-    first = max(start, slot.gmem_pgoff)
-    last = min(end, slot.gmem_pgoff + slot.npages)
-    if first >= last:
-        return None
-    shift = slot.base_gfn - slot.gmem_pgoff
-    return GfnRange(slot, first + shift, last + shift, KVM_FILTER_PRIVATE, True, False)

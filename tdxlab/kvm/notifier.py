@@ -203,3 +203,13 @@ def _age(vm: Vm, start: int, end: int, handler: Handler) -> Zapping:
     for gfn_range in hva_ranges(vm, start, end, may_block=False, lockless=True):
         young |= yield from handler(vm, gfn_range)
     return young
+
+
+def clip_to_gmem(slot: Slot, start: int, end: int) -> GfnRange | None:
+    """The gfns of a bound slot that pages [start, end) of its file back; None if there are none."""
+    first = max(start, slot.gmem_pgoff)
+    last = min(end, slot.gmem_pgoff + slot.npages)
+    if first >= last:
+        return None
+    shift = slot.base_gfn - slot.gmem_pgoff
+    return GfnRange(slot, first + shift, last + shift, KVM_FILTER_PRIVATE, True, False)

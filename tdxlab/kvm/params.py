@@ -1,21 +1,20 @@
-"""What the CPU and the kernel's module parameters fix for every VM of a host, and the VM types.
+"""What the CPU and the kernel's module parameters fix for every VM of a host, and what user space
+chooses for one VM. What its type decides stands in `vm_types.py`.
 
-Source: Linux 6.16, arch/x86/kvm/mmu/mmu.c (module parameters), arch/x86/kvm/x86.c
-(kvm_arch_init_vm), arch/x86/include/uapi/asm/kvm.h (types).
+Source: Linux 6.16, arch/x86/kvm/mmu/mmu.c (module parameters).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from tdxlab.arch import PAGE_SHIFT, shared_bit
-
-# -- VM types, by their number in the uAPI
-
-KVM_X86_DEFAULT_VM = 0
-KVM_X86_SW_PROTECTED_VM = 1
-KVM_X86_TDX_VM = 5
+from tdxlab.kvm.vm_types import KVM_X86_DEFAULT_VM as KVM_X86_DEFAULT_VM
+from tdxlab.kvm.vm_types import KVM_X86_SW_PROTECTED_VM as KVM_X86_SW_PROTECTED_VM
+from tdxlab.kvm.vm_types import KVM_X86_TDX_VM as KVM_X86_TDX_VM
+from tdxlab.kvm.vm_types import VM_FEATURES as VM_FEATURES
+from tdxlab.kvm.vm_types import VM_TYPE_NAMES as VM_TYPE_NAMES
+from tdxlab.kvm.vm_types import VmFeatures as VmFeatures
 
 
 @dataclass(frozen=True)
@@ -43,34 +42,6 @@ class MmuParams:
         return (1 << (self.maxphyaddr - PAGE_SHIFT)) - 1
 
 
-class VmFeatures(NamedTuple):
-    """What the type of a VM decides when it is created.
-
-    has_private_mem: guest_memfd slots and the PRIVATE attribute exist. has_protected_state: the
-    host may be refused the vCPU's registers. pre_fault_allowed: KVM_PRE_FAULT_MEMORY works from the
-    beginning. has_mirrored_tdp: private memory is mapped by an external EPT with a mirror.
-    """
-
-    has_private_mem: bool
-    has_protected_state: bool
-    pre_fault_allowed: bool
-    has_mirrored_tdp: bool
-
-
-#: By type. Source: x86.c, kvm_arch_init_vm; vmx/tdx.c, tdx_vm_init; mmu.h, kvm_has_mirrored_tdp.
-VM_FEATURES: dict[int, VmFeatures] = {
-    KVM_X86_DEFAULT_VM: VmFeatures(False, False, True, False),
-    KVM_X86_SW_PROTECTED_VM: VmFeatures(True, False, True, False),
-    KVM_X86_TDX_VM: VmFeatures(True, True, False, True),
-}
-
-VM_TYPE_NAMES = {
-    KVM_X86_DEFAULT_VM: "DEFAULT",
-    KVM_X86_SW_PROTECTED_VM: "SW_PROTECTED",
-    KVM_X86_TDX_VM: "TDX",
-}
-
-
 def gfn_shared_bit(gpaw: int) -> int:
     """`gfn_direct_bits` of a TD: the shared bit of its GPAs as a bit of a gfn. gpaw: 48 or 52."""
     return 1 << (shared_bit(gpaw) - PAGE_SHIFT)
@@ -85,7 +56,8 @@ class VmConfig:
     VMs only). ignore_guest_pat: quirk KVM_X86_QUIRK_IGNORE_GUEST_PAT is on (never for a TD).
     dirty_log_size: entries of the CPU's page-modification log, 0 without it.
     manual_dirty_log_protect: flags of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 (bit 0 on, bit 1 initially
-    all set).
+    all set). answers: what code is told when it asks what the VM is like; None: what Linux 6.16
+    knows by its flags.
     """
 
     vm_type: int = KVM_X86_DEFAULT_VM
@@ -95,8 +67,9 @@ class VmConfig:
     ignore_guest_pat: bool = True
     dirty_log_size: int = 0
     manual_dirty_log_protect: int = 0
+    answers: VmFeatures | None = None
 
     @property
     def features(self) -> VmFeatures:
-        """What the type decides."""
-        return VM_FEATURES[self.vm_type]
+        """What code is told about the VM, at its creation."""
+        return VM_FEATURES[self.vm_type] if self.answers is None else self.answers

@@ -29,11 +29,13 @@ from tdxlab.kvm.host import Doing, KvmHost
 from tdxlab.kvm.page_fault import (
     PFERR_FETCH_MASK,
     PFERR_PRESENT_MASK,
+    PFERR_PRIVATE_ACCESS,
     PFERR_RSVD_MASK,
     PFERR_USER_MASK,
     PFERR_WRITE_MASK,
     RET_PF_EMULATE,
 )
+from tdxlab.kvm.rmp import PFERR_GUEST_ENC_MASK
 from tdxlab.kvm.roots import kvm_mmu_destroy, kvm_mmu_reload, kvm_mmu_unload
 from tdxlab.kvm.vm import OUTSIDE_GUEST_MODE, Vcpu, Vm
 from tdxlab.kvm.zap import kvm_flush_shadow_all, kvm_mmu_uninit_tdp_mmu
@@ -50,6 +52,7 @@ _ERROR_CODE = (
     (EPT_WRITE, PFERR_WRITE_MASK),
     (EPT_EXECUTE, PFERR_FETCH_MASK),
     (7 << 3, PFERR_PRESENT_MASK),
+    (PFERR_GUEST_ENC_MASK, PFERR_PRIVATE_ACCESS),
 )
 
 Running = Generator[Step, None, int]
@@ -188,7 +191,8 @@ def vcpu_enter_guest(vcpu: VmxVcpu) -> Running:
 
 
 def vmx_handle_exit(vcpu: VmxVcpu, reason: int, exit_: dict[str, int]) -> Running:
-    """Handle an exit. exit_: "rcx" the qualification, "r8" the GPA, "r12" bytes of the access,
+    """Handle an exit. exit_: "rcx" the qualification, or of an SNP guest's private access with
+    PFERR_GUEST_ENC_MASK of AMD's error code in it; "r8" the GPA, "r12" bytes of the access,
     "r13" 1 for a write, "r15" what is written.
 
     Returns 1: enter again; 0: to user space; -errno. Source: vmx.c.

@@ -1,0 +1,205 @@
+"""The RMP, the hooks of guest_memfd, and an SNP VM that has both behind it."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from tdxlab.arch import PAGE_SIZE
+from tdxlab.journal import Journal
+from tdxlab.kvm.fault import kvm_vcpu_pre_fault_memory
+from tdxlab.kvm.gmem import GuestMemfds
+from tdxlab.kvm.params import KVM_X86_SW_PROTECTED_VM
+from tdxlab.kvm.rmp import SVM_EXIT_NPF, Rmp, RmpEntry, SnpGmem
+from tdxlab.kvm.vm_types import KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM
+from tdxlab.machine import Machine
+from tdxlab.steps import run
+from tdxlab.vmm_errors import IoctlError
+from tdxlab.vmm_run import UNHANDLED
+from tdxlab.vmm_snp import SnpVm
+
+MEMORY = 16 * PAGE_SIZE
+
+
+@pytest.fixture
+def vm() -> SnpVm:
+    made = Machine(memory="1 GiB", lps=2, packages=1).create_vm(
+        vm_type=KVM_X86_SNP_VM, memory=MEMORY
+    )
+    assert isinstance(made, SnpVm)
+    return made
+
+
+def mapped(vm: SnpVm) -> int:
+    return vm.vm.stats["pages_4k"]
+
+
+# -- the table
+
+
+def test_make_private_assigns_and_make_shared_takes_back() -> None:
+    rmp = Rmp(Journal())
+    rmp.make_private(7, 3, 1)
+    assert rmp.lookup(7) == RmpEntry(1, 3)
+    assert rmp.entries(1) == {7: 3}
+    assert rmp.entries(2) == {}
+    rmp.make_shared(7)
+    assert rmp.lookup(7) is None
+    assert (rmp.made_private, rmp.made_shared) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("asid", "gfn", "encrypted", "allowed"),
+    [(1, 3, True, True), (2, 3, True, False), (1, 4, True, False), (1, 3, False, False)],
+)
+def test_allows_asks_for_guest_and_gfn_of_an_assigned_page(
+    asid: int, gfn: int, encrypted: bool, allowed: bool
+) -> None:
+    rmp = Rmp(Journal())
+    rmp.make_private(7, 3, 1)
+    assert rmp.allows(7, asid, gfn, encrypted=encrypted) == allowed
+    assert rmp.allows(8, asid, gfn, encrypted=encrypted) == (not encrypted)
+
+
+def test_prepare_leaves_an_assigned_page_alone_and_invalidate_a_free_one() -> None:
+    rmp = Rmp(Journal())
+    arch = SnpGmem(rmp)
+    assert arch.prepare(3, 7) == arch.prepare(4, 7) == 0
+    assert rmp.entries(arch.asid) == {7: 3}
+    arch.invalidate(7)
+    arch.invalidate(7)
+    assert (rmp.made_private, rmp.made_shared) == (1, 1)
+
+
+def test_asids_differ_and_a_rewind_takes_all_back() -> None:
+    journal = Journal()
+    rmp = Rmp(journal)
+    mark = journal.mark()
+    one, other = SnpGmem(rmp), SnpGmem(rmp)
+    assert one.asid != other.asid
+    one.prepare(1, 1)
+    journal.rewind(mark)
+    assert rmp.entries(one.asid) == {}
+    assert (rmp.made_private, rmp.new_asid()) == (0, one.asid)
+
+
+# -- a VM with it
+
+
+def test_private_use_assigns_the_page_and_maps_it_in_the_direct_root(vm: SnpVm) -> None:
+    assert vm.write(0x3000, b"mine").ok
+    assert list(vm.owned()) == [0x3000]
+    assert mapped(vm) == 1
+    assert vm.read(0x3000, 4).value == b"mine"
+
+
+def test_an_assigned_page_is_prepared_once_however_often_it_is_mapped(vm: SnpVm) -> None:
+    vm.write(0x3000, b"mine")
+    vm.run_thread(vm.user_memory.munmap(vm.backings[0].hva, MEMORY))
+    assert mapped(vm) == 0
+    assert vm.read(0x3000, 4).value == b"mine"
+    assert vm.rmp.made_private == 1
+
+
+def test_shared_use_needs_no_entry(vm: SnpVm) -> None:
+    vm.convert(0x3000, PAGE_SIZE, to="shared")
+    assert vm.write(0x3000, b"all").ok
+    assert vm.read_shared(0x3000, 3) == b"all"
+    assert vm.owned() == {}
+
+
+def test_conversion_keeps_the_page_until_a_hole_is_punched(vm: SnpVm) -> None:
+    vm.write(0x3000, b"mine")
+    (hpa,) = vm.owned().values()
+    vm.convert(0x3000, PAGE_SIZE, to="shared")
+    assert list(vm.owned()) == [0x3000]
+    vm.convert(0x3000, PAGE_SIZE, to="private")
+    assert vm.read(0x3000, 4).value == b"mine"
+    vm.punch_hole(0x3000, PAGE_SIZE)
+    assert vm.owned() == {}
+    assert vm.rmp.lookup(hpa >> 12) is None
+
+
+def test_access_of_the_other_kind_exits_and_the_vmm_converts(vm: SnpVm) -> None:
+    vm.set_memory_attributes(0x3000, PAGE_SIZE, private=False)
+    result = vm.write(0x3000, b"mine")
+    assert result.ok
+    assert [type(each).__name__ for each in result.exits] == ["MemoryFaultExit"]
+    assert vm.vm.attributes.is_private(3)
+
+
+def test_a_page_that_was_not_assigned_cannot_be_used(
+    vm: SnpVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SnpGmem, "prepare", lambda *_: 0)
+    result = vm.write(0x3000, b"mine")
+    assert (result.reason, mapped(vm)) == (UNHANDLED, 1)
+    assert f"{SVM_EXIT_NPF}" in result.detail
+
+
+def test_a_refusing_hook_ends_the_fault_and_the_page_stays_unprepared(
+    vm: SnpVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SnpGmem, "prepare", lambda *_: -errno.EIO)
+    assert not vm.write(0x3000, b"mine").ok
+    folio = vm.guest_memory.folio(vm.backings[0].gmem, 3)
+    assert folio is not None
+    assert not folio.prepared
+    monkeypatch.undo()
+    assert vm.write(0x3000, b"mine").ok
+    assert list(vm.owned().values()) == [folio.pfn << 12]
+
+
+def test_destroy_takes_every_entry_back(vm: SnpVm) -> None:
+    vm.touch(0, MEMORY)
+    assert len(vm.owned()) == 16
+    vm.destroy()
+    assert vm.owned() == {}
+    assert vm.rmp.made_private == vm.rmp.made_shared == 16
+
+
+def test_two_guests_own_different_pages() -> None:
+    machine = Machine(memory="1 GiB", lps=2, packages=1)
+    vms = [machine.create_vm(vm_type=KVM_X86_SNP_VM, memory=MEMORY) for _ in range(2)]
+    for vm in vms:
+        vm.touch(0)
+    one, other = vms
+    assert isinstance(one, SnpVm)
+    assert isinstance(other, SnpVm)
+    assert one.asid != other.asid
+    assert set(one.owned().values()).isdisjoint(other.owned().values())
+
+
+# -- its launch, and the types without private memory
+
+
+def test_pre_fault_works_when_the_launch_has_ended() -> None:
+    machine = Machine(memory="1 GiB", lps=2, packages=1)
+    vm = machine.create_vm(vm_type=KVM_X86_SNP_VM, memory=MEMORY, launch=False)
+    assert isinstance(vm, SnpVm)
+    vcpu = vm.vcpu(0)
+    assert run(kvm_vcpu_pre_fault_memory(vcpu, 0, PAGE_SIZE)) == -errno.EOPNOTSUPP
+    vm.launch_finish()
+    assert run(kvm_vcpu_pre_fault_memory(vcpu, 0, PAGE_SIZE)) == PAGE_SIZE
+    assert list(vm.owned()) == [0]
+    with pytest.raises(IoctlError, match="EINVAL: the launch has ended already"):
+        vm.launch_finish()
+
+
+@pytest.mark.parametrize("vm_type", [KVM_X86_SEV_VM, KVM_X86_SEV_ES_VM])
+def test_sev_has_nothing_private(vm_type: int) -> None:
+    vm = Machine(memory="1 GiB", lps=2, packages=1).create_vm(vm_type=vm_type, memory=MEMORY)
+    assert vm.backings[0].gmem == -1
+    assert vm.touch(0).ok
+    with pytest.raises(IoctlError, match="has no private memory"):
+        vm.set_memory_attributes(0, PAGE_SIZE, private=True)
+
+
+def test_other_types_have_no_hooks() -> None:
+    machine = Machine(memory="1 GiB", lps=2, packages=1)
+    vm = machine.create_vm(vm_type=KVM_X86_SW_PROTECTED_VM, memory=MEMORY)
+    assert isinstance(vm.guest_memory, GuestMemfds)
+    assert vm.guest_memory.arch is None
+    vm.touch(0, MEMORY)
+    assert machine.rmp.made_private == 0
