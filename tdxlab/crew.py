@@ -226,7 +226,10 @@ def disturb(actor: Actor, standing: Standing) -> Standing:
     """Where an actor stands after another has changed something that lasts."""
     if standing.ended or actor.again is _never:
         return standing
-    return standing._replace(blocked=False, disturbed=standing.began >= 0)
+    if standing.began < 0:
+        return standing._replace(blocked=False)
+    # Where it began no longer matters: two actors that differ in nothing else stand alike.
+    return standing._replace(blocked=False, began=0, disturbed=True)
 
 
 def words(step: Step) -> str:

@@ -27,6 +27,7 @@ from tdxlab.explore import BUDGET, Exploration, explore
 from tdxlab.invariants import InvariantBroken
 from tdxlab.journal import Row, Table
 from tdxlab.kvm.fault import kvm_mmu_page_fault
+from tdxlab.kvm.gmem import GuestMemfds
 from tdxlab.kvm.host import KvmHost
 from tdxlab.kvm.injection import FailNth
 from tdxlab.kvm.page_fault import (
@@ -38,13 +39,14 @@ from tdxlab.kvm.page_fault import (
     RET_PF_SPURIOUS,
 )
 from tdxlab.kvm.pages import PAGES_OUT
+from tdxlab.kvm.seamcall_args import tdx_operand_busy
 from tdxlab.kvm.tdx import TdxVcpu
 from tdxlab.kvm.vm import Vm
 from tdxlab.machine import Machine
 from tdxlab.player import ROUND_ROBIN, RUN_BUDGET, Order, Played, Player
 from tdxlab.player import run as run_once
 from tdxlab.states import CHUNK, Part
-from tdxlab.steps import Operation, Step, run
+from tdxlab.steps import WAIT, Operation, Step, run
 from tdxlab.vmm_run import RunResult
 from tdxlab.vmm_td import Td
 
@@ -84,6 +86,21 @@ class WholeCalls(Machine):
         """As the machine's, at once."""
         yield from ()
         return run(super().seamcall_steps(lp, rax, registers))
+
+
+class OpenCalls(Machine):
+    """A machine whose SEAMCALLs are two moves: checks with all locks taken, then effects.
+
+    Who meets a lock and is told BUSY goes on when no SEAMCALL stands half-done any more: until then
+    it would only be told so again.
+    """
+
+    def seamcall_steps(self, lp: int, rax: int, registers: Registers) -> Operation:
+        """As the machine's."""
+        status = yield from super().seamcall_steps(lp, rax, registers)
+        while tdx_operand_busy(status) and self.module.calls_suspended:
+            yield (WAIT, "SEAMCALL", lp)
+        return status
 
 
 #: A machine whose SEAMCALLs are one move, or two.
@@ -201,7 +218,7 @@ def build(name: str, vcpus: int = 2, *, inside_seamcalls: bool = False) -> Race:
     scenario = SCENARIOS[name]
     if not 1 <= vcpus <= scenario.most:
         raise ValueError(f"{vcpus} vCPUs; {name} is made for 1 to {scenario.most}")
-    race = scenario.build(vcpus, Machine if inside_seamcalls else WholeCalls)
+    race = scenario.build(vcpus, OpenCalls if inside_seamcalls else WholeCalls)
     vms = race.kernel.vm_list if race.kernel else ()
     for vm in vms:
         vm.listener = _listen
@@ -217,6 +234,10 @@ def _machine(vcpus: int, kind: Kind) -> tuple[Machine, Td]:
     td = machine.create_td(vcpus=vcpus, memory=4 * SIZE_2M)
     for number in range(vcpus):
         td.touch(_NEAR, vcpu=number)
+        vcpu = td.vcpu(number)
+        for hpa in (*vcpu.page_cache, *vcpu.external_spt_cache):
+            # Else it would depend on the schedule which frame a table of the vCPU's gets.
+            machine.memory.frame(hpa)
     return machine, td
 
 
@@ -314,6 +335,13 @@ def _running(td: Td, number: int, program: list[Any]) -> Actor:
     return Actor(f"vCPU {number}", start, came_to_its_end, own=_own(td, number))
 
 
+def _allocate(td: Td, gpa: int, size: int) -> None:
+    """Let the guest_memfd have the pages, so that it does not matter who asks for one first."""
+    files, (backing,) = td.vm.guest_memory, td.backings
+    assert isinstance(files, GuestMemfds)
+    run(td.host.on_cpu(0, files.fallocate(backing.gmem, 0, gpa - backing.gpa, size)))
+
+
 def _map(td: Td, gpa: int) -> None:
     """Let KVM map a page that no guest has accepted yet."""
     run(td.host.on_cpu(0, _fault_steps(td, 0, gpa)))
@@ -331,6 +359,7 @@ def same_page(vcpus: int, kind: Kind) -> Race:
 def fresh_region(vcpus: int, kind: Kind) -> Race:
     """All fault on neighbouring pages whose table is missing: one links it."""
     machine, td = _machine(vcpus, kind)
+    _allocate(td, _FRESH, vcpus * PAGE_SIZE)
     return Race(machine, _faults(td, [_FRESH + n * PAGE_SIZE for n in range(vcpus)]))
 
 
@@ -340,6 +369,7 @@ def far_apart(vcpus: int, kind: Kind) -> Race:
     gpas = [_PAGE + n * SIZE_2M for n in range(vcpus)]
     for gpa in gpas:
         _map(td, gpa - PAGE_SIZE)
+        _allocate(td, gpa, PAGE_SIZE)
     return Race(machine, _faults(td, gpas))
 
 

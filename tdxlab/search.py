@@ -4,6 +4,10 @@
 the machine and on where its actor stands, not on where the others stand. So it is made once for
 each such pair, and looked up from then on: nearly all moves of an exploration are.
 
+The graph is whole: states, moves and schedules are counted as they are. vCPUs are not taken for
+each other, though they may do the same: KVM goes through them in order, and each has pages of its
+own in its caches.
+
 `Tree` merges nothing and looks nothing up: every schedule is played. It is there to be compared
 with.
 

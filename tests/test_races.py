@@ -1,24 +1,33 @@
 """What can come of each scenario: nothing that the rules forbid, whatever the order."""
 
+from contextlib import nullcontext
 from math import comb
 
 import pytest
 
+from tdxlab.abi.leaves import TDH_MEM_PAGE_AUG
+from tdxlab.abi.status import OPERAND_ID_TD_EPOCH, TDX_OPERAND_BUSY
+from tdxlab.breaks import broken
 from tdxlab.crew import Actor, Fault
 from tdxlab.explore import replayed
+from tdxlab.kvm.page_fault import RET_PF_RETRY
+from tdxlab.kvm.tdx import TdxVcpu
+from tdxlab.player import Player
 from tdxlab.races import SCENARIOS, build
+from tdxlab.seam import sept
+from tdxlab.seam.rules import PT_TDR
+from tdxlab.seam.td import Td, Tdcs
 from tdxlab.steps import Operation, run
 
+#: With two vCPUs every scenario; with three those that are explored in a moment.
 AFFORDABLE = [
-    ("same-page", 2),
-    ("far-apart", 2),
-    ("hook-failure", 2),
-    ("fresh-region", 1),
-    ("fault-zap", 1),
-    ("fault-convert", 2),
-    ("slot-delete", 1),
-    ("zap-enter", 1),
-    ("accept-block", 1),
+    *((name, 2) for name in SCENARIOS),
+    ("same-page", 3),
+    ("far-apart", 3),
+    ("fault-zap", 3),
+    ("fault-convert", 3),
+    ("hook-failure", 3),
+    ("slot-delete", 3),
 ]
 
 
@@ -30,6 +39,87 @@ def test_explore_finds_nothing_wrong_in_any_order(name: str, vcpus: int) -> None
     assert found.complete
     assert [violation.table() for violation in found.violations] == []
     assert race.machine.digest() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "vcpus"),
+    [
+        ("same-page", 2),
+        ("far-apart", 2),
+        ("fault-zap", 2),
+        ("fault-convert", 2),
+        ("hook-failure", 2),
+        ("slot-delete", 2),
+        ("zap-enter", 1),
+        ("two-teardowns", 2),
+        ("accept-block", 1),
+    ],
+)
+def test_explore_finds_nothing_wrong_inside_seamcalls(name: str, vcpus: int) -> None:
+    outside, inside = (build(name, vcpus, inside_seamcalls=how).explore() for how in (False, True))
+    assert (inside.complete, inside.violations) == (True, ())
+    assert inside.states > outside.states
+
+
+def _moves(player: Player, who: str, count: int) -> list[str | None]:
+    return [player.move(who) for _ in range(count)]
+
+
+def test_inside_seamcalls_a_vcpu_meets_the_lock_of_a_track_and_comes_again() -> None:
+    race = build("zap-enter", 1, inside_seamcalls=True)
+    (vcpu,) = race.vms[0].vcpus
+    assert isinstance(vcpu, TdxVcpu)
+    with race.player() as player:
+        assert str(_moves(player, "punch hole", 6)[-1]).startswith("TDH.MEM.TRACK")
+        assert player.next_steps["punch hole"].startswith("TDH.MEM.TRACK")
+        assert str(_moves(player, "vCPU 0", 5)[-1]).startswith("TDH.VP.ENTER")
+        assert player.next_steps["vCPU 0"] == "wait SEAMCALL 0x0"
+        assert player.move("vCPU 0") is None
+        player.move("punch hole")
+        assert player.move("vCPU 0") == "wait SEAMCALL 0x0"
+        assert vcpu.vp_enter_ret == TDX_OPERAND_BUSY | OPERAND_ID_TD_EPOCH
+        assert player.next_steps["vCPU 0"].startswith("vcpu_enter_guest")
+        assert player.fault is None
+
+
+def test_inside_seamcalls_a_busy_entry_remembers_that_the_host_wants_it() -> None:
+    race = build("same-page", 2, inside_seamcalls=True)
+    machine = race.machine
+    with broken("no-freeze"), race.player() as player:
+        assert str(_moves(player, "vCPU 0", 5)[-1]).startswith("TDH.MEM.PAGE.AUG")
+        assert str(_moves(player, "vCPU 1", 5)[-1]).startswith("TDH.MEM.PAGE.AUG")
+        assert player.next_steps["vCPU 1"] == "wait SEAMCALL 0x1"
+        assert machine.trace.refusals()[TDH_MEM_PAGE_AUG] == 1
+        tdr = next(row.hpa for row in machine.module.pamt.in_use() if row.page_type == PT_TDR)
+        td = Td(machine.memory, tdr)
+        td.map_tdcs(machine.memory)
+        eptp = machine.memory.words.view[td.tdcs + Tdcs.EPTP]
+        locked = [raw for _, _, raw, _ in sept.entries(machine.memory, eptp) if raw & sept.LOCKED]
+        assert [bool(raw & sept.HOST_PRIORITY) for raw in locked] == [True]
+        assert not sept.FREE_ENTRY & sept.HOST_PRIORITY
+        player.move("vCPU 0")
+        assert player.move("vCPU 1") == f"wait SEAMCALL 0x1 -> {RET_PF_RETRY}"
+
+
+@pytest.mark.parametrize(
+    ("name", "vcpus", "rule"),
+    [
+        ("fault-zap", 2, "no-retry"),
+        ("slot-delete", 2, None),
+        ("zap-enter", 1, "no-kick"),
+        ("zap-enter", 2, "no-track"),
+        ("two-teardowns", 2, None),
+        ("accept-block", 1, None),
+    ],
+)
+def test_explore_finds_the_same_where_actors_look_at_everything(
+    name: str, vcpus: int, rule: str | None
+) -> None:
+    race = build(name, vcpus)
+    plain = race._replace(actors=tuple(actor._replace(own=()) for actor in race.actors))
+    with nullcontext() if rule is None else broken(rule):
+        found, wanted = race.explore(), plain.explore()
+    assert found[:5] == wanted[:5]
 
 
 def test_explore_counts_the_schedules_of_vcpus_that_never_meet() -> None:
@@ -68,11 +158,9 @@ def test_two_teardowns_one_after_the_other_leave_nothing_behind() -> None:
     assert race.check(True) is None
 
 
-def test_two_teardowns_are_clean_as_far_as_a_budget_reaches() -> None:
-    found = build("two-teardowns", 2).explore(budget=4000)
-    assert not found.complete
-    assert found.schedules is None
-    assert found.violations == ()
+def test_explore_of_a_scenario_stops_where_its_budget_ends() -> None:
+    found = build("two-teardowns", 2).explore(budget=400)
+    assert (found.complete, found.schedules, found.violations) == (False, None, ())
 
 
 def test_check_names_a_vm_that_was_declared_buggy() -> None:
