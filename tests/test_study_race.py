@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from tdxlab.breaks import BREAKS
 from tdxlab.races import SCENARIOS
 from tdxlab.study import race_plots, race_tables
-from tdxlab.study.protocol import LOCKED, PROTOCOLS, WANTED, Rule
+from tdxlab.study.protocol import LOCKED, PROTOCOLS, WAITS, WANTED, Rule
 from tdxlab.study.protocol_search import explore, shortest
 from tdxlab.study.race_lab import ENTRIES, RULES, RaceLab, first_words, moves_of, step_of
 from tdxlab.study.race_views import COLUMNS, ENTRY_LOOKS, MEETING, lanes, pictures, step_look
@@ -114,6 +114,10 @@ def test_entries_show_a_lock_in_the_module_and_who_was_refused() -> None:
     assert lab.entries()[0].external == LOCKED
     lab.play([1] * 5)
     assert lab.entries()[0].external == WANTED
+    assert [row.comes_next for row in lab.actors()] == ["TDH.MEM.PAGE.AUG inside", WAITS]
+    with pytest.raises(ValueError, match="vCPU 1 stands at 'wait SEAMCALL 0x1': let another one"):
+        lab.play([1])
+    lab.play([0, 1])
     assert [row.retries for row in lab.actors()] == [0, 1]
 
 
@@ -152,12 +156,6 @@ def test_hold_rows_let_nobody_call_while_the_entry_is_frozen() -> None:
         assert row.vcpu_1 == expected[row.mirror]
         assert row.seamcalls == (row.mirror == "empty")
     assert sum(row.mirror == "FROZEN" for row in rows) == 3
-
-
-def test_agreement_rows_agree() -> None:
-    for row in race_tables.agreement_rows():
-        assert row.machine == row.protocol
-        assert row.machine_found == row.protocol_found
 
 
 def test_break_rows_find_what_the_rules_are_for() -> None:
@@ -211,7 +209,7 @@ def test_lanes_show_the_moves_around_the_position() -> None:
 
 
 def test_every_step_and_every_value_has_a_look_of_its_own() -> None:
-    steps = [*race_tables.MEANINGS, "read SPTE", "cmpxchg SPTE"]
+    steps = [*race_tables.MEANINGS, "read SPTE", "cmpxchg SPTE", WAITS]
     letters = {step_look(step).letter for step in steps}
     assert len(letters) == len(steps) - 2  # both SEAMCALLs look alike, outside and inside
     mirror, external = list(ENTRY_LOOKS.values())[:3], list(ENTRY_LOOKS.values())[3:]

@@ -10,7 +10,8 @@ schedules and the same verdicts as the machine has in the scenarios of `tdxlab.r
 Source: Linux 6.16, arch/x86/kvm/mmu/tdp_mmu.c: kvm_tdp_mmu_map, set_external_spte_present.
 Differs: mmu_lock is only ever held for read, so it is not there; a mirror entry is empty, frozen or
 present, a Secure EPT entry is locked or not, and there or not. Which page backs what, references
-and statistics are left out: what changes them alone makes nobody start over.
+and statistics are left out: what changes them alone makes nobody start over. Who was told that an
+operand is busy waits until no SEAMCALL is inside the module, as on the machine that is explored.
 """
 
 from __future__ import annotations
@@ -27,14 +28,12 @@ FREE, LOCKED, WANTED, MAPPED = "free", "locked", "wanted", "mapped"
 
 
 class Shared(NamedTuple):
-    """mirror, external: value of each entry. found: entries whose page was looked up. busy: calls
-    of TDH.MEM.PAGE.AUG that will meet a lock of somebody else's. broken: what is wrong; nobody
-    moves on from there.
+    """mirror, external: value of each entry. busy: calls of TDH.MEM.PAGE.AUG that will meet a lock
+    of somebody else's. broken: what is wrong; nobody moves on from there.
     """
 
     mirror: tuple[str, ...]
     external: tuple[str, ...]
-    found: frozenset[int] = frozenset()
     busy: int = 0
     broken: str = ""
 
@@ -56,6 +55,8 @@ def _put(values: tuple[str, ...], place: int, value: str) -> tuple[str, ...]:
 START, LOOK_UP, WALK = "start", "faultin_pfn", "read_lock(mmu_lock)"
 FREEZE, READ, STORE = "cmpxchg FROZEN_SPTE", "read SPTE", "cmpxchg SPTE"
 AUG, ADD, INSIDE = "TDH.MEM.PAGE.AUG", "TDH.MEM.SEPT.ADD", " inside"
+#: It was told that an operand is busy, and goes on when no SEAMCALL is inside the module any more.
+WAITS = "wait SEAMCALL"
 PUBLISH, RESTORE = "publish SPTE", "restore SPTE"
 FIXED, SPURIOUS = "RET_PF_FIXED", "RET_PF_SPURIOUS"
 #: What must not be: KVM declares the VM buggy; it warns; nobody can move though not all have ended.
@@ -115,12 +116,19 @@ class Protocol(NamedTuple):
 # -- one move
 
 
+def can_move(shared: Shared, here: Standing) -> bool:
+    """Whether a vCPU can move: nothing is wrong, it has not ended, and need not wait."""
+    if shared.broken or here.ended or here.blocked:
+        return False
+    return here.at != WAITS or not {LOCKED, WANTED} & set(shared.external)
+
+
 def move(way: tuple[int, ...], rule: Rule, shared: Shared, here: Standing) -> Moved:
-    """The next move of a vCPU that has not ended and is not blocked."""
+    """The next move of a vCPU that can move."""
     if here.at == START:
         return shared, Standing(LOOK_UP, began=shared)
     if here.at == LOOK_UP:
-        return shared._replace(found=shared.found | {way[-1]}), here._replace(at=WALK)
+        return shared, here._replace(at=WALK)
     if here.at == WALK:
         return _walk(way, rule, shared, here)
     if here.at in (FREEZE, READ, STORE):
@@ -134,6 +142,8 @@ def move(way: tuple[int, ...], rule: Rule, shared: Shared, here: Standing) -> Mo
         return done, here._replace(at=PUBLISH)
     if here.at == PUBLISH:
         return _go_down(way, rule, shared.with_mirror(way[here.depth], PRESENT), here)
+    if here.at == WAITS:
+        return _refused(rule, shared, here)
     assert here.at == RESTORE
     return _start_over(shared.with_mirror(way[here.depth], EMPTY), here)
 
@@ -169,7 +179,7 @@ def _call(way: tuple[int, ...], rule: Rule, shared: Shared, here: Standing) -> M
     if any(shared.external[table] != MAPPED for table in way[: here.depth]):
         return shared._replace(broken=VM_BUGGED), here
     if state in (LOCKED, WANTED):
-        return _refused(rule, shared.with_external(entry, WANTED), here)
+        return shared.with_external(entry, WANTED), here._replace(at=WAITS)
     if state == MAPPED:
         return shared._replace(broken=VM_BUGGED), here
     return shared.with_external(entry, LOCKED), here._replace(at=here.at + INSIDE)

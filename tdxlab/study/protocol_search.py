@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import Generic, NamedTuple, TypeVar
 
-from tdxlab.study.protocol import DEADLOCK, START, Protocol, Rule, Shared, Standing, disturb, move
+from tdxlab.study.protocol import (
+    DEADLOCK,
+    START,
+    Protocol,
+    Rule,
+    Shared,
+    Standing,
+    can_move,
+    disturb,
+    move,
+)
 
 #: (vCPU, the step that it took) of each move.
 Schedule = tuple[tuple[int, str], ...]
@@ -98,7 +108,7 @@ class _Moves:
         shared, vcpu, place = key
         seen, here = self._shared.values[shared], self._standings.values[place]
         found = None
-        if not (here.ended or here.blocked or seen.broken):
+        if can_move(seen, here):
             now, there = move(self._ways[vcpu], self._rule, seen, here)
             found = self._shared.of(now), self._number(there), now != seen
         self._known[key] = found

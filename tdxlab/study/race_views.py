@@ -40,6 +40,7 @@ STEP_LOOKS: dict[str, Look] = {
     "cmpxchg SPTE": Look("publish early", GREEN, BLACK, "p", ""),
     "publish SPTE": Look("publish", GREEN, BLACK, "P", ""),
     "restore SPTE": Look("restore", ORANGE, BLACK, "R", "//"),
+    protocol.WAITS: Look("told busy", VERMILLION, BLACK, "b", "xx"),
 }
 _CALL = Look("call", BLUE, WHITE, "C", "")
 _INSIDE = Look("module", YELLOW, BLACK, "M", "..")
@@ -100,7 +101,8 @@ def _lane(row: ActorRow, number: int) -> str:
     line = f'<path d="M{_LEFT} {y + _TILE // 2}h{COLUMNS * _TILE}" stroke="#ddd"/>'
     has_ended = row.comes_next == DONE or row.comes_next.startswith("RET_")
     words = f"{'ended' if has_ended else 'comes next'}: {row.comes_next}"
-    retries = f", started over {row.retries} times" if row.retries else ""
+    times = "once" if row.retries == 1 else f"{row.retries} times"
+    retries = f", started over {times}" if row.retries else ""
     return (
         line
         + text(2, y + 15, row.who, size=12)
