@@ -314,7 +314,7 @@ BREAKS: dict[str, Break] = {
         "Warned",
         (
             (tdx_teardown, "tdx_mmu_release_hkid", _nothing),
-            (tdx_teardown, "_reclaim_or_leak", tdx_teardown.tdx_reclaim_page),
+            (tdx_teardown, "_reclaim_or_leak", tdx_hooks.tdx_reclaim_page),
         ),
         "TDH.PHYMEM.PAGE.RECLAIM answers TDX_LIFECYCLE_STATE_INCORRECT, and KVM warns",
     ),
