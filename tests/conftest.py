@@ -7,7 +7,10 @@ import tempfile
 from functools import partialmethod
 from pathlib import Path
 
+import pytest
 from jupyter_client.manager import KernelManager
+
+from tdxlab.study import exercises
 
 
 def pytest_configure() -> None:
@@ -16,3 +19,9 @@ def pytest_configure() -> None:
     """
     sockets = str(Path(tempfile.gettempdir()) / f"tdxlab-kernel-{os.getpid()}")
     KernelManager.__init__ = partialmethod(KernelManager.__init__, transport="ipc", ip=sockets)
+
+
+@pytest.fixture(autouse=True)
+def _variants_made_anew() -> None:
+    """No test is asked what another has made, perhaps of a model that it had damaged."""
+    exercises.made.cache_clear()

@@ -27,6 +27,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tdxlab.arch import shared_bit
@@ -95,8 +96,20 @@ def find(number: str) -> Exercise:
 
 
 def variant(number: str, *, gpaw: int = 48, seed: int = 0) -> Variant:
-    """One variant of an exercise. Refuses an unknown number and a wrong GPAW: ValueError."""
+    """One variant of an exercise, made once and kept: many a one has to run a machine first.
+
+    Refuses an unknown number and a wrong GPAW: ValueError.
+    """
     shared_bit(gpaw)
+    return made(number, gpaw, seed)
+
+
+@lru_cache(maxsize=64)
+def made(number: str, gpaw: int, seed: int) -> Variant:
+    """As `variant`; `made.cache_clear()` forgets what was made of a model that has changed since.
+
+    Refuses an unknown number: ValueError.
+    """
     return find(number).make(gpaw, seed)
 
 
@@ -105,9 +118,9 @@ def exercise(number: str, *, seed: int = 0, gpaw: int = 48, show_answer: bool = 
 
     seed: any int; each gives a variant of its own. gpaw: 48 or 52.
     """
-    made = variant(number, gpaw=gpaw, seed=seed)
-    answer = f"\nAnswer: {_written(made.answer)}" if show_answer else ""
-    return Question(f"{number} (seed {seed}). {made.question}{answer}")
+    asked = variant(number, gpaw=gpaw, seed=seed)
+    answer = f"\nAnswer: {_written(asked.answer)}" if show_answer else ""
+    return Question(f"{number} (seed {seed}). {asked.question}{answer}")
 
 
 def check(number: str, answer: Any = None, *, seed: int = 0, gpaw: int = 48) -> Verdict:
@@ -115,25 +128,25 @@ def check(number: str, answer: Any = None, *, seed: int = 0, gpaw: int = 48) -> 
 
     seed, gpaw: those of the variant that was asked.
     """
-    made = variant(number, gpaw=gpaw, seed=seed)
+    asked = variant(number, gpaw=gpaw, seed=seed)
     if answer is None or answer is ...:
         return Verdict("unanswered", f"{number}: not answered yet.")
-    if is_right(made, answer):
-        return Verdict("right", f"{number}: right, {_written(made.answer)}.")
-    return Verdict("wrong", f"{number}: not yet. {_advice(made, answer)}")
+    if is_right(asked, answer):
+        return Verdict("right", f"{number}: right, {_written(asked.answer)}.")
+    return Verdict("wrong", f"{number}: not yet. {_advice(asked, answer)}")
 
 
-def is_right(made: Variant, answer: Any) -> bool:
+def is_right(asked: Variant, answer: Any) -> bool:
     """True if `answer` answers the variant."""
-    if made.accepts is not None:
-        return bool(made.accepts(answer))
-    return _kind(answer) == _kind(made.answer) and _plain(answer) == _plain(made.answer)
+    if asked.accepts is not None:
+        return bool(asked.accepts(answer))
+    return _kind(answer) == _kind(asked.answer) and _plain(answer) == _plain(asked.answer)
 
 
-def _advice(made: Variant, answer: Any) -> str:
-    if made.accepts is None and _kind(answer) != _kind(made.answer):
-        return f"{answer!r} is not {_kind(made.answer)}, and that is what is asked for."
-    return made.hint(answer)
+def _advice(asked: Variant, answer: Any) -> str:
+    if asked.accepts is None and _kind(answer) != _kind(asked.answer):
+        return f"{answer!r} is not {_kind(asked.answer)}, and that is what is asked for."
+    return asked.hint(answer)
 
 
 def _kind(answer: Any) -> str:
