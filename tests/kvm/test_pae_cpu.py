@@ -8,6 +8,7 @@ from shadow_scene import RWU, Scene
 from tdxlab.bits import MASK64
 from tdxlab.kvm import pae_cpu
 from tdxlab.kvm.pae_cpu import ENTRY_FAILURE, FINE, GP, PF
+from tdxlab.kvm.pae_rules import complaints
 from tdxlab.kvm.shadow_params import AMD, DESIGNS, INTEL, RFC, SPECIAL
 from tdxlab.kvm.shadow_run import ILLEGAL_TABLE, OK, set_cr3
 from tdxlab.steps import run
@@ -94,3 +95,14 @@ def test_a_guests_bad_table_is_gp_on_both_vendors() -> None:
         scene.vm.write_guest(0xA000, 0x5003, 8)
         assert run(set_cr3(scene.vcpu, 0xA000)) == GP
         assert scene.vcpu.cr3 == 0x9020
+
+
+def test_a_root_above_4g_is_read_where_32_bits_lead() -> None:
+    scene = mapped(SPECIAL, AMD)
+    vm, vcpu = scene.vm, scene.vcpu
+    high = vm.pages.alloc_page("table")
+    for index in range(4):
+        vm.write(high + 8 * index, vm.read(vcpu.root.hpa + 8 * index))
+    vcpu.root = vcpu.root._replace(hpa=high)
+    assert pae_cpu.walk(vcpu, 0xC000_0000, write=False, user=True) == pae_cpu.Violation(4)
+    assert "vCPU 0: the root lies above 4 GiB" in complaints(vm)
