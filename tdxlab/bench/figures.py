@@ -176,6 +176,28 @@ def protocol_speed() -> str:
     return f"protocol explored             {each:8.2f} million transitions a second (goal >= 0.2)"
 
 
+def explore_time(vcpus: int) -> str:
+    """All schedules of same-page, explored completely."""
+    from tdxlab.races import build
+
+    race = build("same-page", vcpus)
+    start = time.process_time()
+    found = race.explore()
+    seconds = time.process_time() - start
+    what = f"{found.states:,} states, {found.transitions:,} transitions"
+    return f"same-page, {vcpus} vCPUs, explored {seconds:7.2f} s       ({what})"
+
+
+def two_vcpus_explored() -> str:
+    """As `explore_time`, with two vCPUs."""
+    return explore_time(2)
+
+
+def three_vcpus_explored() -> str:
+    """As `explore_time`, with three vCPUs."""
+    return explore_time(3)
+
+
 #: Every figure, in the order they are printed.
 ALL: tuple[Callable[[], str], ...] = (
     dense_memory,
@@ -189,4 +211,6 @@ ALL: tuple[Callable[[], str], ...] = (
     figure_redraw,
     step_back,
     protocol_speed,
+    two_vcpus_explored,
+    three_vcpus_explored,
 )
