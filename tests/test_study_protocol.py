@@ -104,6 +104,18 @@ def test_protocol_has_the_machines_states_schedules_and_verdicts(
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "vcpus"),
+    [("fresh-region", 2), ("far-apart", 2), ("hook-failure", 2), ("same-page", 3)],
+)
+def test_protocol_has_as_many_schedules_as_the_machine(name: str, vcpus: int) -> None:
+    found = RaceLab(name, vcpus=vcpus).race.explore()
+    mine = protocol_search.explore(PROTOCOLS[name](vcpus))
+    assert found.complete
+    assert mine.schedules == found.schedules
+    assert mine.verdicts == found.violations == ()
+
+
 # -- by lot, where exploring the machine takes too long
 
 

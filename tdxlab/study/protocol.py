@@ -28,12 +28,14 @@ FREE, LOCKED, WANTED, MAPPED = "free", "locked", "wanted", "mapped"
 
 
 class Shared(NamedTuple):
-    """mirror, external: value of each entry. busy: calls of TDH.MEM.PAGE.AUG that will meet a lock
-    of somebody else's. broken: what is wrong; nobody moves on from there.
+    """mirror, external: value of each entry. found: entries whose page was looked up. busy: calls
+    of TDH.MEM.PAGE.AUG that will meet a lock of somebody else's. broken: what is wrong; nobody
+    moves on from there.
     """
 
     mirror: tuple[str, ...]
     external: tuple[str, ...]
+    found: frozenset[int] = frozenset()
     busy: int = 0
     broken: str = ""
 
@@ -128,7 +130,7 @@ def move(way: tuple[int, ...], rule: Rule, shared: Shared, here: Standing) -> Mo
     if here.at == START:
         return shared, Standing(LOOK_UP, began=shared)
     if here.at == LOOK_UP:
-        return shared, here._replace(at=WALK)
+        return shared._replace(found=shared.found | {way[-1]}), here._replace(at=WALK)
     if here.at == WALK:
         return _walk(way, rule, shared, here)
     if here.at in (FREEZE, READ, STORE):
