@@ -79,7 +79,7 @@ class Schedule:
 
         Refuses a number that is not in `ready`: ValueError.
         """
-        if number not in self.ready:
+        if number in self.results or not 0 <= number < len(self._operations):
             raise ValueError(f"operation {number} cannot move; ready are {self.ready}")
         self.history.append(number)
         try:
@@ -103,8 +103,8 @@ class Schedule:
 def round_robin(operations: Sequence[Operation]) -> Schedule:
     """Run all operations, one step each in turn, until all have ended."""
     schedule = Schedule(operations)
-    while schedule.ready:
-        for number in schedule.ready:
+    while ready := schedule.ready:
+        for number in ready:
             schedule.advance(number)
     return schedule
 
@@ -113,8 +113,8 @@ def seeded(operations: Sequence[Operation], seed: int) -> Schedule:
     """Run all operations in an order drawn from `seed`: the same seed, the same order."""
     schedule = Schedule(operations)
     choose = random.Random(seed)
-    while schedule.ready:
-        schedule.advance(choose.choice(schedule.ready))
+    while ready := schedule.ready:
+        schedule.advance(choose.choice(ready))
     return schedule
 
 

@@ -58,6 +58,10 @@ class ModelKvm:
         result: int = steps.run(kvm_mmu_page_fault(self.vcpu, gpa, _PRIVATE_WRITE))
         return result
 
+    def faulting(self, gpa: int) -> steps.Operation:
+        """The same write, not started."""
+        return kvm_mmu_page_fault(self.vcpu, gpa, _PRIVATE_WRITE)
+
     def convert(self, gpa: int, size: int, *, private: bool) -> int:
         """Make `size` bytes private or shared: 0 or -errno."""
         attributes = KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
