@@ -12,7 +12,7 @@ arch/x86/include/asm/kvm_host.h (struct kvm_arch, struct kvm_mmu), arch/x86/kvm/
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 from tdxlab.arch import ENTRIES_PER_TABLE, PAGE_SHIFT
@@ -28,6 +28,7 @@ from tdxlab.kvm.slots import GuestMemory, MemSlots, NoGuestMemory, NoUserMemory,
 from tdxlab.kvm.spte import SHADOW_NONPRESENT_VALUE, Masks
 from tdxlab.kvm.vendor import PlainVendor, Vendor
 from tdxlab.memory import Memory
+from tdxlab.steps import Step
 
 #: "No root": what root_hpa and mirror_root_hpa hold before the MMU is loaded.
 INVALID_PAGE = -1
@@ -160,6 +161,11 @@ class Vcpu(Journalled):
         return True
 
 
+#: (mirror root, first gfn, gfn behind the last, TLBs are to be flushed) -> operation that takes the
+#: leaves out and returns whether TLBs are to be flushed then.
+MirrorZapper = Callable[[MmuPage, int, int, bool], Generator[Step, None, bool]]
+
+
 class Vm(Journalled):
     """struct kvm with its arch part.
 
@@ -175,7 +181,8 @@ class Vm(Journalled):
     vendor: runs the vCPUs. kick_vcpus: interrupts those in the guest after a request for all; None
     where nobody runs any. zap_batch: mirror pages that are removed together; 0: one by one, without
     blocked entries. slot_policies: (slot number or None, policy), `slot_policy.py`; parked: slots
-    whose pages are blocked, `parking.py`. slots, attributes, dirty, guest_memory, user_memory: see
+    whose pages are blocked, `parking.py`. mirror_zapper: takes leaves out of a mirror in the place
+    of `zap.py`; None means `zap.py` does. slots, attributes, dirty, guest_memory, user_memory: see
     their files.
     """
 
@@ -225,6 +232,7 @@ class Vm(Journalled):
         self.listener: Callable[[tuple[Any, ...]], None] | None = None
         self.need_resched: Callable[[], bool] | None = None
         self.is_mmio_pfn: Callable[[int], bool] | None = None
+        self.mirror_zapper: MirrorZapper | None = None
         self._stats = Row(journal, len(VM_STATS))
         self._rcu_pending = Table(journal)
         self.vendor: Vendor = PlainVendor()

@@ -124,7 +124,7 @@ def _zap_leafs(
     assert vm.mmu_lock.held(WRITE)
     end = min(end, tdp_mmu_max_gfn_exclusive(vm))
     for root in roots:
-        if root.is_mirror and (vm.zap_batch or vm.parked):
+        if root.is_mirror and (vm.zap_batch or vm.parked or vm.mirror_zapper):
             flush = yield from zap_mirror_leafs_in_batches(vm, root, start, end, can_yield, flush)
             continue
         wanted = can_yield and is_lock_wanted(vm)
