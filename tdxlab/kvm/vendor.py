@@ -5,15 +5,19 @@ Source: Linux 6.16, arch/x86/include/asm/kvm-x86-ops.h; arch/x86/kvm/vmx/main.c.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Protocol
 
 from tdxlab.steps import Step
 
 if TYPE_CHECKING:
-    from tdxlab.kvm.vm import Vcpu, Vm
+    from tdxlab.kvm.vm import MmuPage, Vcpu, Vm
 
 Doing = Generator[Step, None, None]
+
+#: (mirror root, first gfn, gfn behind the last, TLBs are to be flushed) -> operation that takes the
+#: leaves out and returns whether TLBs are to be flushed then.
+MirrorZapper = Callable[["MmuPage", int, int, bool], Generator[Step, None, bool]]
 
 
 class Vendor(Protocol):

@@ -12,7 +12,7 @@ arch/x86/include/asm/kvm_host.h (struct kvm_arch, struct kvm_mmu), arch/x86/kvm/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tdxlab.arch import ENTRIES_PER_TABLE, PAGE_SHIFT
@@ -26,9 +26,8 @@ from tdxlab.kvm.params import MmuParams, VmConfig
 from tdxlab.kvm.role import IS_MIRROR, LEVEL_MASK, tdp_root_role
 from tdxlab.kvm.slots import GuestMemory, MemSlots, NoGuestMemory, NoUserMemory, Slot, UserMemory
 from tdxlab.kvm.spte import SHADOW_NONPRESENT_VALUE, Masks
-from tdxlab.kvm.vendor import PlainVendor, Vendor
+from tdxlab.kvm.vendor import MirrorZapper, PlainVendor, Vendor
 from tdxlab.memory import Memory
-from tdxlab.steps import Step
 
 #: "No root": what root_hpa and mirror_root_hpa hold before the MMU is loaded.
 INVALID_PAGE = -1
@@ -159,11 +158,6 @@ class Vcpu(Journalled):
             return False
         self.requests -= {request}
         return True
-
-
-#: (mirror root, first gfn, gfn behind the last, TLBs are to be flushed) -> operation that takes the
-#: leaves out and returns whether TLBs are to be flushed then.
-MirrorZapper = Callable[[MmuPage, int, int, bool], Generator[Step, None, bool]]
 
 
 class Vm(Journalled):
