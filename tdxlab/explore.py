@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 from tdxlab.crew import Actor, Fault
 from tdxlab.journal import Journal
+from tdxlab.merging import Merging
 from tdxlab.player import Check, Player, Schedule, nothing_to_check, schedule_table
-from tdxlab.search import Limits, Merging, Search, Tree
+from tdxlab.search import Limits, Search, Tree
 from tdxlab.states import States
 
 #: Moves, repeated ones too, after which an exploration gives up.

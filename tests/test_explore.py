@@ -9,6 +9,7 @@ from tdxlab.crew import Actor, Fault
 from tdxlab.explore import explore, replayed
 from tdxlab.journal import Field, Fields, Journal, Journalled, Words
 from tdxlab.kvm.locks import WRITE, MmuLock, Mutex
+from tdxlab.states import CHUNK, Part
 from tdxlab.steps import WAIT, Operation
 
 
@@ -264,3 +265,43 @@ def test_explore_does_not_count_a_look_in_vain_as_a_move(bench: Bench) -> None:
     found = explore(actors, bench.journal)
     # A waits before B's first move, or between its two, or comes after both.
     assert (found.violations, found.schedules) == ((), 3)
+
+
+def test_explore_looks_a_move_up_where_only_what_others_have_for_their_own_differs(
+    bench: Bench,
+) -> None:
+    def start(word: int) -> Callable[[], Operation]:
+        return lambda: bench.steps(word, 6)
+
+    def part(word: int) -> Part:
+        return Part(bench.words, word, CHUNK // 8)
+
+    words = [0, 256, 512]
+    seeing = [Actor(str(word), start(word)) for word in words]
+    own = [actor._replace(own=(part(word),)) for actor, word in zip(seeing, words, strict=True)]
+    found, wanted = (explore(actors, bench.journal) for actors in (own, seeing))
+    assert found[:5] == wanted[:5]
+    assert found.moves * 4 < wanted.moves
+
+
+def test_explore_notices_that_an_actor_looks_at_what_another_has_for_its_own(bench: Bench) -> None:
+    def look_aside() -> Operation:
+        for _ in range(4):
+            yield ("look",)
+            bench.words.put(512, bench.words.view[0])
+
+    mine = Actor("A", lambda: bench.steps(0, 20), own=(Part(bench.words, 0, CHUNK // 8),))
+    other = Actor("B", look_aside, own=(Part(bench.words, 1023),))
+    with pytest.raises(RuntimeError, match="B did something else where only what others have"):
+        explore([mine, other], bench.journal)
+
+
+def test_explore_lets_an_actor_change_what_another_has_for_its_own(bench: Bench) -> None:
+    def ask() -> Operation:
+        yield ("ask",)
+        bench.words.put(0, bench.words.view[0] | 128)
+
+    mine = Actor("A", lambda: bench.steps(0, 3), own=(Part(bench.words, 0, CHUNK // 8),))
+    other = Actor("B", ask, own=(Part(bench.words, 512, CHUNK // 8),))
+    plain = [actor._replace(own=()) for actor in (mine, other)]
+    assert explore([mine, other], bench.journal)[:5] == explore(plain, bench.journal)[:5]

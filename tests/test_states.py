@@ -4,7 +4,7 @@ import pytest
 
 from tdxlab.journal import Field, Fields, Journal, Journalled, Row, Table, Words
 from tdxlab.kvm.locks import READ, MmuLock
-from tdxlab.states import Differences, States
+from tdxlab.states import CHUNK, Differences, Part, Places, States
 from tdxlab.steps import run
 
 
@@ -100,3 +100,43 @@ def test_close_goes_back_to_the_base(bench: Bench) -> None:
     states.close()
     assert bench.journal.digest() == before
     assert not bench.journal.recording
+
+
+def test_go_to_brings_the_machine_back_to_a_state_that_it_was_in(bench: Bench) -> None:
+    bench.table.put("old", 1)
+    states = States(bench.journal)
+    bench.words.fill(8, bytes([7]) * 4096)
+    bench.row.put(1, 4)
+    bench.count = 3
+    bench.table.drop("old")
+    bench.table.put("new", 2)
+    there, digest = look(states), bench.journal.digest()
+    bench.journal.rewind(states.base)
+    bench.count = 9
+    elsewhere = look(states)
+    states.go_to(there.values())
+    assert bench.journal.digest() == digest
+    assert look(states) == there == states.differences(there.values())
+    states.go_to(elsewhere.values())
+    assert (bench.count, dict(bench.table)) == (9, {"old": 1})
+    states.close()
+
+
+def test_places_are_whole_stores_and_those_that_a_part_fills(bench: Bench) -> None:
+    words, last = CHUNK // 8, 3
+    parts = [Part(bench.words, 1, last * words), Part(bench.row, 1), Part(bench.table, "mine")]
+    states = States(bench.journal, ignored=[*parts, Part(bench, "count"), bench.lock])
+    for word in range(words, last * words):
+        bench.words.put(word, 1)
+    bench.row.put(1, 1)
+    bench.table.put("mine", 1)
+    bench.count = 1
+    run(bench.lock.lock(READ))
+    assert look(states) == {}
+    bench.words.put(1, 1)
+    bench.words.put(last * words, 1)
+    bench.row.put(0, 1)
+    bench.table.put("yours", 1)
+    assert len(look(states)) == 4
+    assert not any(place in Places(parts) for place in look(states))
+    states.close()
