@@ -25,7 +25,9 @@ def shown(notebook: LabPage) -> PanelPage:
     return page
 
 
-def test_moves_and_keys_show_what_python_counts(shown: PanelPage, here: RacePanel) -> None:
+def test_moves_keys_and_a_violation_show_what_python_counts(
+    shown: PanelPage, here: RacePanel
+) -> None:
     assert shown.agrees_with(here)
     shown.press("tdxlab-scrub", "End", then="Step 16 of 16")
     here.scrub.value = 16
@@ -42,9 +44,12 @@ def test_moves_and_keys_show_what_python_counts(shown: PanelPage, here: RacePane
     shown.press("tdxlab-back", " ", then="Next, ")
     here.back.click()
     assert shown.agrees_with(here)
+    find_a_violation(shown, here)
+    assert_fits(shown)
 
 
-def test_a_violation_is_found_and_fits_the_notebook(shown: PanelPage, here: RacePanel) -> None:
+def find_a_violation(shown: PanelPage, here: RacePanel) -> None:
+    """Set the race up with a break, and step into what goes wrong."""
     shown.root.locator(".tdxlab-rule select").select_option(label="no-freeze")
     here.rule.value = "no-freeze"
     shown.click("tdxlab-set-up", then="with the break no-freeze")
@@ -56,6 +61,10 @@ def test_a_violation_is_found_and_fits_the_notebook(shown: PanelPage, here: Race
     assert shown.agrees_with(here)
     shown.part("tdxlab-mover-1").click()
     shown.wait_for_error("vm_bugged is broken; go back")
+
+
+def assert_fits(shown: PanelPage) -> None:
+    """Nothing of the panel has to be scrolled to sideways."""
     area = "element => { const area = element.closest('.jp-OutputArea-output');"
     assert shown.root.evaluate(f"{area} return area.scrollWidth <= area.clientWidth; }}")
     shown.root.scroll_into_view_if_needed()
