@@ -15,7 +15,7 @@ from errno import EINVAL
 
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
-from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
+from tdxlab.arch import EPT_EXECUTE, EPT_READ, EPT_WRITE, PAGE_SHIFT, PAGE_SIZE
 from tdxlab.cpu import Translation
 from tdxlab.journal import Field
 from tdxlab.kvm.params import VmConfig
@@ -26,6 +26,10 @@ from tdxlab.vmm_errors import IoctlError
 from tdxlab.vmm_ioctls import Progress
 from tdxlab.vmm_plain import PlainDoor, PlainVm
 from tdxlab.vmm_run import PlayingHost, RunResult
+
+
+#: What the walk allowed, in the bits of an exit's qualification.
+_ALLOWED = (EPT_READ | EPT_WRITE | EPT_EXECUTE) << 3
 
 
 class SnpDoor(PlainDoor):
@@ -40,16 +44,18 @@ class SnpDoor(PlainDoor):
     def _access(
         self, lp: int, gpa: int, access: int, registers: Registers
     ) -> Translation | GuestOutcome:
-        """As a plain VM's. Differs: an access that the RMP forbids goes to user space."""
+        """As a plain VM's, and then the RMP is asked; what it forbids is a nested page fault too."""
         gfn = gpa >> PAGE_SHIFT
         encrypted = gfn not in self.owner.guest.shared
+        c_bit = PFERR_GUEST_ENC_MASK if encrypted else 0
         found = super()._access(lp, gpa, access, registers)
         if isinstance(found, GuestOutcome):
-            found.registers.rcx |= PFERR_GUEST_ENC_MASK if encrypted else 0
+            found.registers.rcx |= c_bit
             return found
         rmp, asid = self.owner.rmp, self.owner.asid
         if rmp.allows(found.hpa >> PAGE_SHIFT, asid, gfn, encrypted=encrypted):
             return found
+        registers.r8, registers.rcx = gpa, access | _ALLOWED | c_bit
         return GuestOutcome(True, SVM_EXIT_NPF, registers)
 
 

@@ -35,7 +35,7 @@ from tdxlab.kvm.page_fault import (
     PFERR_WRITE_MASK,
     RET_PF_EMULATE,
 )
-from tdxlab.kvm.rmp import PFERR_GUEST_ENC_MASK
+from tdxlab.kvm.rmp import PFERR_GUEST_ENC_MASK, SVM_EXIT_NPF
 from tdxlab.kvm.roots import kvm_mmu_destroy, kvm_mmu_reload, kvm_mmu_unload
 from tdxlab.kvm.vm import OUTSIDE_GUEST_MODE, Vcpu, Vm
 from tdxlab.kvm.zap import kvm_flush_shadow_all, kvm_mmu_uninit_tdp_mmu
@@ -195,7 +195,10 @@ def vmx_handle_exit(vcpu: VmxVcpu, reason: int, exit_: dict[str, int]) -> Runnin
     PFERR_GUEST_ENC_MASK of AMD's error code in it; "r8" the GPA, "r12" bytes of the access,
     "r13" 1 for a write, "r15" what is written.
 
-    Returns 1: enter again; 0: to user space; -errno. Source: vmx.c.
+    SVM_EXIT_NPF: the RMP forbids the access.
+    Returns 1: enter again; 0: to user space; -errno. Source: vmx.c; svm/svm.c, npf_interception.
+    Differs: where KVM's tables allow what the RMP forbids, user space is told; Linux looks for a
+    large RMP entry to split.
     """
     if reason == EXIT_REASON_EXTERNAL_INTERRUPT:
         return 1
@@ -205,10 +208,13 @@ def vmx_handle_exit(vcpu: VmxVcpu, reason: int, exit_: dict[str, int]) -> Runnin
     gpa = exit_.get("r8", 0)
     if reason == EXIT_REASON_EPT_MISCONFIG:
         ret = yield from kvm_mmu_page_fault(vcpu, gpa, PFERR_RSVD_MASK)
-    elif reason == EXIT_REASON_EPT_VIOLATION:
+    elif reason in (EXIT_REASON_EPT_VIOLATION, SVM_EXIT_NPF):
         qualification = exit_.get("rcx", 0)
         error_code = sum(flag for bits, flag in _ERROR_CODE if qualification & bits)
         ret = yield from kvm_mmu_page_fault(vcpu, gpa, error_code)
+        if reason == SVM_EXIT_NPF and ret > 0:
+            vcpu.run = InternalError((reason, vcpu.cpu))
+            return 0
     else:
         vcpu.run = InternalError((reason, vcpu.cpu))
         return 0

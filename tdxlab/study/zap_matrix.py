@@ -200,7 +200,7 @@ CAUSES = (
 # -- observing
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """What is there at one time. leaves: (root kind, gfn); tables: (root kind, HPA)."""
 
     leaves: frozenset[tuple[str, int]]
@@ -209,14 +209,20 @@ class _Seen(NamedTuple):
     seamcalls: int
 
 
-def _look(scene: Scene) -> _Seen:
+def look(scene: Scene) -> Seen:
+    """What is there now."""
     leaves: set[tuple[str, int]] = set()
     tables: set[tuple[str, int]] = set()
     for kind, table, gfn in _entries(scene.vm):
         (leaves if table < 0 else tables).add((kind, gfn if table < 0 else table))
     calls = sum(scene.machine.seamcalls.values())
     flushes = scene.vm.stats["remote_tlb_flush"]
-    return _Seen(frozenset(leaves), frozenset(tables), flushes, calls)
+    return Seen(frozenset(leaves), frozenset(tables), flushes, calls)
+
+
+def leaf_places(vm: Vm, end: int = _END) -> set[tuple[str, int]]:
+    """(root kind, gfn) of every leaf in valid roots below gfn `end`."""
+    return {(kind, gfn) for kind, table, gfn in _entries(vm) if table < 0 and gfn < end}
 
 
 def _entries(vm: Vm) -> Iterator[tuple[str, int, int]]:
@@ -263,13 +269,13 @@ def _observe(scene: Scene, vm_type: str, cause: Cause) -> ZapRow | None:
 
 
 def _observed(scene: Scene, vm_type: str, cause: Cause) -> ZapRow:
-    before, listener = _look(scene), _Listener(scene.vm)
+    before, listener = look(scene), _Listener(scene.vm)
     scene.vm.listener = listener
     try:
         run(scene.machine.host.on_cpu(0, cause.make(scene)))
     finally:
         scene.vm.listener = None
-    after = _look(scene)
+    after = look(scene)
     leaves, tables = before.leaves - after.leaves, before.tables - after.tables
     gone = {gfn for _, gfn in leaves}
     private = {gfn for gfn in cause.pages if gfn not in SHARED_PAGES}

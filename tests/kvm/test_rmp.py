@@ -129,6 +129,15 @@ def test_access_of_the_other_kind_exits_and_the_vmm_converts(vm: SnpVm) -> None:
     assert vm.vm.attributes.is_private(3)
 
 
+def test_shared_access_to_a_mapped_private_page_exits_and_the_vmm_converts(vm: SnpVm) -> None:
+    vm.write(0x3000, b"mine")
+    vm.guest.shared.put(3, None)
+    result = vm.write(0x3000, b"all")
+    assert [type(each).__name__ for each in result.exits] == ["MemoryFaultExit"]
+    assert result.ok
+    assert vm.read_shared(0x3000, 3) == b"all"
+
+
 def test_a_page_that_was_not_assigned_cannot_be_used(
     vm: SnpVm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

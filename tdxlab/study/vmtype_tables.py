@@ -1,0 +1,220 @@
+"""VM types side by side: what each deed does to a VM of each type, observed on real ones.
+
+    matrix()                             # a row for each deed and type
+    observe("SNP", "punch hole")         # one of them
+
+Nothing here knows the answers: entries are counted before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+
+from tdxlab.kvm.vm_types import (
+    LEGACY_SEV_ES,
+    Offers,
+    by_flags,
+    kvm_caps_supported_vm_types,
+    kvm_is_vm_type_supported,
+)
+from tdxlab.steps import run
+from tdxlab.study.palette import BLACK, GREEN, ORANGE, SKY, VERMILLION, Look
+from tdxlab.study.plots import Series, stacked_bars
+from tdxlab.study.undone import undone
+from tdxlab.study.vmtype_lab import DEEDS, NAMES, Counts, Deed, TypeLab
+from tdxlab.study.zap_matrix import PAGES
+
+
+class FlagRow(NamedTuple):
+    """The flags of one type. address_spaces: for memslots. shared_bit: of GPAs. offered_if: what
+    the host must have for it.
+    """
+
+    vm: str
+    number: int
+    has_private_mem: bool
+    has_protected_state: bool
+    pre_fault_allowed: bool
+    has_mirrored_tdp: bool
+    address_spaces: int
+    offered_if: str
+
+
+class DeedRow(NamedTuple):
+    """What one deed does to a VM of one type.
+
+    answer: to user space. maps: pages that it maps, by root. private, shared: pages of that kind
+    that lose their mapping; beside: pages of the other slot that do. seamcalls: but for entries.
+    rmp: entries of the RMP changed. flushes: remote TLB flushes.
+    """
+
+    deed: str
+    vm: str
+    answer: str
+    maps: str
+    private: int
+    shared: int
+    beside: int
+    seamcalls: int
+    rmp: int
+    flushes: int
+
+    def words(self) -> str:
+        """The row in a few words: +1 direct: a page is mapped there; -2 p: two private pages lose
+        their mapping, s: shared ones, beside: of another slot.
+        """
+        if self.answer != "ok":
+            return self.answer
+        gone = {"p": self.private, "s": self.shared, "beside": self.beside}
+        parts = [f"+{self.maps}"] if self.maps else []
+        parts += [f"-{number} {kind}" for kind, number in gone.items() if number]
+        parts += [f"{self.rmp} RMP"] if self.rmp else []
+        parts += [f"{self.seamcalls} SEAMCALLs"] if self.seamcalls else []
+        return ", ".join(parts) or "ok"
+
+
+class ShortRow(NamedTuple):
+    """One deed and what it does to a VM of each type, in a few words."""
+
+    deed: str
+    default: str
+    sw_protected: str
+    sev: str
+    sev_es: str
+    snp: str
+    tdx: str
+
+
+_OFFERS = ("sw_protected", "sev", "sev_es", "snp", "tdx")
+
+
+def flag_rows(gpaw: int = 48) -> list[FlagRow]:
+    """A row for each type, read from a VM that was just created; and the old way to start SEV-ES,
+    from its flags.
+    """
+    rows = []
+    for name in NAMES:
+        lab = TypeLab(name, gpaw=gpaw, launched=False)
+        vm = lab.gate.vm
+        flags = vm.features._replace(pre_fault_allowed=vm.pre_fault_allowed)
+        number = lab.kind.vm_type
+        rows.append(FlagRow(name, number, *flags, vm.slots.spaces, offered_if(number)))
+    old = LEGACY_SEV_ES
+    spaces = rows[old.vm_type].address_spaces
+    return [*rows, FlagRow(old.name, old.vm_type, *by_flags(old), spaces, "sev_es")]
+
+
+def offered_if(vm_type: int) -> str:
+    """What a host must have to offer a type; "" if nothing."""
+    for name in ("", *_OFFERS):
+        offers = Offers(**{name: True}) if name else Offers()
+        if kvm_is_vm_type_supported(vm_type, kvm_caps_supported_vm_types(offers)):
+            return name
+    raise ValueError(f"no host offers VM type {vm_type}")
+
+
+# -- the matrix
+
+
+def observe(vm: str, deed: str, *, gpaw: int = 48) -> DeedRow | None:
+    """The row of one deed for one type; None where such a VM cannot meet it.
+
+    Refuses names that are not in NAMES and DEEDS: ValueError.
+    """
+    found = next((each for each in DEEDS if each.name == deed), None)
+    if found is None or vm not in NAMES:
+        deeds = ", ".join(each.name for each in DEEDS)
+        raise ValueError(f"{vm!r}, {deed!r}: choose of {', '.join(NAMES)} and of {deeds}")
+    return observed(TypeLab(vm, gpaw=gpaw, launched=not found.early), found)
+
+
+def observed(lab: TypeLab, deed: Deed) -> DeedRow | None:
+    """The row of a deed for the VM of a lab, which is unchanged afterwards."""
+    if deed.private and not lab.is_private:
+        return None
+    with undone(lab.machine):
+        before = lab.counts()
+        private = {gfn for gfn in range(PAGES) if lab.is_private_gfn(gfn)}
+        answer = str(run(lab.operation(deed.name)))
+        return _row(lab, deed, answer, private, before, lab.counts())
+
+
+def _row(
+    lab: TypeLab, deed: Deed, answer: str, private: set[int], before: Counts, after: Counts
+) -> DeedRow:
+    gone = {gfn for _, gfn in before.leaves - after.leaves}
+    new = sorted(root for root, _ in after.leaves - before.leaves)
+    return DeedRow(
+        deed.name,
+        lab.name,
+        answer,
+        ", ".join(f"{new.count(root)} {root}" for root in dict.fromkeys(new)),
+        len(gone & private),
+        len(gone & set(range(PAGES)) - private),
+        sum(gfn >= PAGES for gfn in gone),
+        after.seamcalls - before.seamcalls,
+        after.rmp - before.rmp,
+        after.flushes - before.flushes,
+    )
+
+
+def matrix(*, gpaw: int = 48) -> list[DeedRow]:
+    """A row for each deed and each type that can meet it."""
+    labs = {
+        (name, launched): TypeLab(name, gpaw=gpaw, launched=launched)
+        for name in NAMES
+        for launched in (False, True)
+    }
+    rows = [observed(labs[name, not deed.early], deed) for deed in DEEDS for name in NAMES]
+    return [row for row in rows if row is not None]
+
+
+def short_matrix(rows: Sequence[DeedRow]) -> list[ShortRow]:
+    """The rows of `matrix()` with one column for each type."""
+    words = {(row.deed, row.vm): row.words() for row in rows}
+    return [
+        ShortRow(deed, *(words.get((deed, name), "-") for name in NAMES))
+        for deed in dict.fromkeys(row.deed for row in rows)
+    ]
+
+
+# -- plots
+
+#: Pages that a deed takes the mapping of -> their look.
+GONE = (
+    Look("private", GREEN, BLACK, "P", ""),
+    Look("shared", ORANGE, BLACK, "S", "//"),
+    Look("beside", VERMILLION, BLACK, "B", "xx"),
+)
+#: What hardware is told -> its look.
+CALLS = (Look("SEAMCALLs", SKY, BLACK, "C", "\\\\"), Look("RMP updates", ORANGE, BLACK, "R", "//"))
+
+
+def plot_gone(rows: Sequence[DeedRow], ax: Axes) -> Axes:
+    """Pages that lose their mapping, for each row."""
+    values = ([row.private for row in rows], [row.shared for row in rows])
+    series = [Series(look, each) for look, each in zip(GONE, (*values, _beside(rows)), strict=True)]
+    return stacked_bars(ax, _labels(rows), series, unit="pages", title="Mappings gone")
+
+
+def plot_calls(rows: Sequence[DeedRow], ax: Axes) -> Axes:
+    """What the deed tells the hardware, for each row."""
+    values = ([row.seamcalls for row in rows], [row.rmp for row in rows])
+    series = [Series(look, each) for look, each in zip(CALLS, values, strict=True)]
+    return stacked_bars(ax, _labels(rows), series, unit="calls", title="Told to the hardware")
+
+
+def _beside(rows: Sequence[DeedRow]) -> list[int]:
+    return [row.beside for row in rows]
+
+
+def _labels(rows: Sequence[DeedRow]) -> list[str]:
+    return [f"{row.deed.rpartition(': ')[2]}, {row.vm}" for row in rows]
+
+
+def rows_of(rows: Sequence[DeedRow], *deeds: str) -> list[DeedRow]:
+    """The rows of some deeds."""
+    return [row for row in rows if row.deed in deeds]
