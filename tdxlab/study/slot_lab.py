@@ -40,7 +40,13 @@ PLACES = {REST: 0, SLOT: SIZE_1G}
 MOST_PAGES = ENTRIES_PER_TABLE
 _NUMBER = 1
 
-CONTENT = b"kept by the guest"
+CONTENT = b"kept here"
+#: What a guest can find in its first page -> in words. Where no memory is, a device would answer.
+_FOUND = {
+    CONTENT: "its own data",
+    bytes(len(CONTENT)): "zeros",
+    b"\xff" * len(CONTENT): "ones: no memory",
+}
 
 _LEAVES = {
     "BLOCK": "TDH.MEM.RANGE.BLOCK",
@@ -254,7 +260,7 @@ class SlotLab:
         result = self.gate(kind).read(SIZE_1G, len(CONTENT))
         if not result.ok:
             return _came(result)
-        return {CONTENT: "its own data", bytes(len(CONTENT)): "zeros"}.get(result.value, "garbage")
+        return _FOUND.get(result.value, "other data")
 
     def _run(self, gate: Gate, npages: int) -> None:
         """KVM_SET_USER_MEMORY_REGION2 for the slot, in the size given; 0 deletes it."""
