@@ -27,7 +27,6 @@ from tdxlab.vmm_ioctls import Progress
 from tdxlab.vmm_plain import PlainDoor, PlainVm
 from tdxlab.vmm_run import PlayingHost, RunResult
 
-
 #: What the walk allowed, in the bits of an exit's qualification.
 _ALLOWED = (EPT_READ | EPT_WRITE | EPT_EXECUTE) << 3
 
@@ -44,7 +43,7 @@ class SnpDoor(PlainDoor):
     def _access(
         self, lp: int, gpa: int, access: int, registers: Registers
     ) -> Translation | GuestOutcome:
-        """As a plain VM's, and then the RMP is asked; what it forbids is a nested page fault too."""
+        """As a plain VM's; then the RMP is asked, and what it forbids is a nested page fault too."""
         gfn = gpa >> PAGE_SHIFT
         encrypted = gfn not in self.owner.guest.shared
         c_bit = PFERR_GUEST_ENC_MASK if encrypted else 0

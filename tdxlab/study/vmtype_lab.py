@@ -25,6 +25,7 @@ from tdxlab.kvm.vm_types import KINDS, KVM_X86_TDX_VM
 from tdxlab.machine import Machine
 from tdxlab.step_tape import StepTape
 from tdxlab.steps import Operation
+from tdxlab.study.undone import undone
 from tdxlab.study.zap_matrix import CAUSES, PAGES, SHARED_PAGES, Scene, look
 from tdxlab.vmm_ioctls import HVA_BASE
 from tdxlab.vmm_plain import PlainVm
@@ -207,6 +208,24 @@ class TypeLab:
         if self.gate.destroyed:
             raise ValueError("the VM is destroyed: go back, or build a new one")
         return str(self.tape.perform(name, lambda: self.operation(name)))
+
+    def use_as(self, *, attribute: bool, private: bool) -> str:
+        """What comes of the use of a page that is not mapped, if user space converts nothing.
+
+        attribute: the page is private by attribute. private: the guest uses it as private, by what
+        its own page tables say, if its type lets them say it. Returns the root that maps it, or how
+        the run ends. The VM is unchanged afterwards.
+        """
+        gate, gpa = self.gate, NEW_PRIVATE * PAGE_SIZE
+        with undone(self.machine):
+            gate.set_memory_attributes(gpa, PAGE_SIZE, private=attribute)
+            gate.converts = False
+            if isinstance(gate, SnpVm) and not private:
+                gate.guest.shared.put(NEW_PRIVATE, None)
+            before = self.counts().leaves
+            result = gate.run([Write(gpa | (0 if private else gate.guest.shared_mask), _DATA)])
+            new = self.counts().leaves - before
+        return ", ".join(sorted(root for root, _ in new)) if result.ok else result.reason
 
     # -- looking
 
