@@ -171,7 +171,7 @@ def test_run_by_lot_is_the_same_for_the_same_seed(desk: Desk) -> None:
         return played.schedule
 
     assert once(3) == once(3)
-    assert len({once(seed) for seed in range(10)}) > 3
+    assert len({once(seed) for seed in range(5)}) > 2
 
 
 def test_run_reports_a_livelock_instead_of_hanging(desk: Desk) -> None:

@@ -10,6 +10,8 @@ from tdxlab.abi.status import OPERAND_ID_TD_EPOCH, TDX_OPERAND_BUSY
 from tdxlab.breaks import broken
 from tdxlab.crew import Actor, Fault
 from tdxlab.explore import replayed
+from tdxlab.invariants import InvariantBroken, Watch
+from tdxlab.invariants.pamt_rows import PamtRows
 from tdxlab.kvm.page_fault import RET_PF_RETRY
 from tdxlab.kvm.tdx import TdxVcpu
 from tdxlab.player import Player
@@ -202,3 +204,31 @@ def test_build_refuses_an_unknown_scenario_and_too_many_vcpus() -> None:
 def test_scenarios_say_what_they_are() -> None:
     assert len(SCENARIOS) == 11
     assert all(scenario.what for scenario in SCENARIOS.values())
+
+
+def test_watch_finds_the_pamt_entries_that_a_check_finds_at_every_move() -> None:
+    race = build("zap-enter", 1, inside_seamcalls=True)
+    machine = race.machine
+    rows = PamtRows(machine)
+    with race.player() as player:
+        while player.movable:
+            player.move(player.movable[0])
+            assert rows.now() == list(machine.module.pamt.in_use())
+        assert player.ended
+    rows.close()
+    assert not machine.journal.recording
+    watch = Watch(machine)
+    watch.check("alive")
+    machine.module.pamt.words.put(machine.module.pamt.entry(0x1_0000_0000, 0), 0xFF << 16)
+    with pytest.raises(InvariantBroken):
+        watch.check("always")
+    watch.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_covers_is_the_other_way_round_of_entry(size: int) -> None:
+    pamt = build("same-page", 1).machine.module.pamt
+    hpa = 0x1_0000_0000 + (0x34567 << 12) & -(1 << 12 + 9 * size)
+    assert pamt.covers(pamt.entry(hpa, size)) == (hpa, size)
+    with pytest.raises(ValueError, match="no entry of the PAMT has the index"):
+        pamt.covers(len(pamt.words) + 2)
