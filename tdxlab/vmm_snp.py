@@ -43,7 +43,7 @@ class SnpDoor(PlainDoor):
     def _access(
         self, lp: int, gpa: int, access: int, registers: Registers
     ) -> Translation | GuestOutcome:
-        """As a plain VM's; then the RMP is asked, and what it forbids is a nested page fault too."""
+        """As a plain VM's; then the RMP is asked. What it forbids is a nested page fault too."""
         gfn = gpa >> PAGE_SHIFT
         encrypted = gfn not in self.owner.guest.shared
         c_bit = PFERR_GUEST_ENC_MASK if encrypted else 0

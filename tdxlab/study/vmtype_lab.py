@@ -184,6 +184,11 @@ class TypeLab:
                 gpa = self.gate.guest.alias(start + page * PAGE_SIZE)
                 self.gate.run([Write(gpa, _DATA)])
 
+    @property
+    def is_mute(self) -> bool:
+        """The guest's page tables cannot say which kind of memory they mean."""
+        return not isinstance(self.gate, SnpVm | Td)
+
     # -- deeds
 
     def operation(self, name: str) -> Operation:

@@ -9,6 +9,7 @@ Nothing here knows the answers: entries are counted before and after.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -76,6 +77,17 @@ class DeedRow(NamedTuple):
         return ", ".join(parts) or "ok"
 
 
+class WordRow(NamedTuple):
+    """One use of a page that is not mapped. attribute: what user space has set. guest_says: what
+    the guest's page tables say, "-" if they cannot. comes_to: the root that maps it, or an exit.
+    """
+
+    vm: str
+    attribute: str
+    guest_says: str
+    comes_to: str
+
+
 class ShortRow(NamedTuple):
     """One deed and what it does to a VM of each type, in a few words."""
 
@@ -87,6 +99,8 @@ class ShortRow(NamedTuple):
     snp: str
     tdx: str
 
+
+KIND_NAMES = {True: "private", False: "shared"}
 
 _OFFERS = ("sw_protected", "sev", "sev_es", "snp", "tdx")
 
@@ -179,6 +193,20 @@ def short_matrix(rows: Sequence[DeedRow]) -> list[ShortRow]:
         ShortRow(deed, *(words.get((deed, name), "-") for name in NAMES))
         for deed in dict.fromkeys(row.deed for row in rows)
     ]
+
+
+def word_rows(*, gpaw: int = 48) -> list[WordRow]:
+    """Each type with private memory, each attribute, each thing that its guest can say."""
+    rows = []
+    for name in NAMES:
+        lab = TypeLab(name, gpaw=gpaw)
+        if not lab.is_private:
+            continue
+        for attribute, private in product((True, False), repeat=2):
+            says = "-" if lab.is_mute else KIND_NAMES[private]
+            came = lab.use_as(attribute=attribute, private=private)
+            rows.append(WordRow(name, KIND_NAMES[attribute], says, came))
+    return list(dict.fromkeys(rows))
 
 
 # -- plots
