@@ -304,4 +304,10 @@ def test_explore_lets_an_actor_change_what_another_has_for_its_own(bench: Bench)
     mine = Actor("A", lambda: bench.steps(0, 3), own=(Part(bench.words, 0, CHUNK // 8),))
     other = Actor("B", ask, own=(Part(bench.words, 512, CHUNK // 8),))
     plain = [actor._replace(own=()) for actor in (mine, other)]
-    assert explore([mine, other], bench.journal)[:5] == explore(plain, bench.journal)[:5]
+
+    def check(ended: bool) -> Fault | None:
+        return Fault("asked", "last") if ended and bench.words.view[0] == 3 | 128 else None
+
+    found, wanted = (explore(actors, bench.journal, check) for actors in ([mine, other], plain))
+    assert [violation.invariant for violation in found.violations] == ["asked"]
+    assert found[:5] == wanted[:5]
