@@ -83,8 +83,8 @@ def _finds(gpaw: int, seed: int) -> Variant:
             return f"Choose one of {', '.join(map(repr, _FINDS))}."
         return (
             f"What becomes of the page itself when the slot goes by {policy}: does it leave the "
-            "VM? If it does, who clears it? SlotLab(gpaw=GPAW) with use, delete, create and read shows "
-            "it, and so does the panel."
+            "VM? If it does, who clears it? SlotLab(gpaw=GPAW) with use, delete, create and read "
+            "shows it, and so does the panel."
         )
 
     knows = ", and its kernel is told that the memory was gone" if told else ""
@@ -146,8 +146,8 @@ def _all(_gpaw: int, seed: int) -> Variant:
         )
 
     question = (
-        f"A VM with {size} in 4K leaves, on a host of {_CASE_BITS} physical bits, deletes a slot by "
-        "F. How many page tables are freed, and how many entries do the passes visit, without a "
+        f"A VM with {size} in 4K leaves, on a host of {_CASE_BITS} physical bits, deletes a slot "
+        "by F. How many page tables are freed, and how many entries do the passes visit, without a "
         "second look at freed tables? Give a pair."
     )
     return Variant(question, right, hint)
@@ -203,8 +203,8 @@ def _again(_gpaw: int, seed: int) -> Variant:
 
     question = (
         f"A slot of {slot} beside {rest} is deleted and created {times} times; in between the "
-        "guest uses all of its memory, in 4K pages. How many faults does that cost with F, and with T? "
-        "Give a pair."
+        "guest uses all of its memory, in 4K pages. How many faults does that cost with F, and "
+        "with T? Give a pair."
     )
     return Variant(question, right, hint)
 
@@ -235,8 +235,8 @@ def _meet(_gpaw: int, seed: int) -> Variant:
 
     question = (
         f"The guest uses {used} of other memory all the time, in 4K pages, and a fault is taken to "
-        f"be worth {price} visited entries. From which slot size on, in GiB, does F hold the vCPUs up "
-        "less than T, which visits its entries with the write lock held?"
+        f"be worth {price} visited entries. From which slot size on, in GiB, does F hold the "
+        "vCPUs up less than T, which visits its entries with the write lock held?"
     )
     return Variant(question, right, hint, accepts)
 
