@@ -15,6 +15,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 
 from tdxlab.kvm.vm_types import (
+    KINDS,
     LEGACY_SEV_ES,
     Offers,
     by_flags,
@@ -42,6 +43,14 @@ class FlagRow(NamedTuple):
     has_mirrored_tdp: bool
     address_spaces: int
     offered_if: str
+
+
+class OfferRow(NamedTuple):
+    """What KVM_CAP_VM_TYPES says on one host. bitmap: in binary, type 0 at the right."""
+
+    host: str
+    bitmap: str
+    types: str
 
 
 class DeedRow(NamedTuple):
@@ -73,7 +82,8 @@ class DeedRow(NamedTuple):
         parts = [f"+{self.maps}"] if self.maps else []
         parts += [f"-{number} {kind}" for kind, number in gone.items() if number]
         parts += [f"{self.rmp} RMP"] if self.rmp else []
-        parts += [f"{self.seamcalls} SEAMCALLs"] if self.seamcalls else []
+        many = "s" * (self.seamcalls > 1)
+        parts += [f"{self.seamcalls} SEAMCALL{many}"] if self.seamcalls else []
         return ", ".join(parts) or "ok"
 
 
@@ -86,6 +96,16 @@ class WordRow(NamedTuple):
     attribute: str
     guest_says: str
     comes_to: str
+
+
+class StoryRow(NamedTuple):
+    """One deed after another on the same VM. leaves: mapped afterwards. rmp: entries changed."""
+
+    deed: str
+    answer: str
+    leaves: int
+    rmp: int
+    seamcalls: int
 
 
 class ShortRow(NamedTuple):
@@ -128,6 +148,23 @@ def offered_if(vm_type: int) -> str:
         if kvm_is_vm_type_supported(vm_type, kvm_caps_supported_vm_types(offers)):
             return name
     raise ValueError(f"no host offers VM type {vm_type}")
+
+
+def offer_rows() -> list[OfferRow]:
+    """Hosts with different CPUs and build options."""
+    hosts = {
+        "neither": Offers(),
+        "with the build option for tests": Offers(sw_protected=True),
+        "the same without the TDP MMU": Offers(sw_protected=True, tdp=False),
+        "AMD with all of it": Offers(sev=True, sev_es=True, snp=True),
+        "Intel with the TDX module up": Offers(tdx=True),
+    }
+    rows = []
+    for host, offers in hosts.items():
+        bitmap = kvm_caps_supported_vm_types(offers)
+        names = [k.name for k in KINDS if kvm_is_vm_type_supported(k.vm_type, bitmap)]
+        rows.append(OfferRow(host, f"{bitmap:#08b}", ", ".join(names)))
+    return rows
 
 
 # -- the matrix
@@ -209,6 +246,17 @@ def word_rows(*, gpaw: int = 48) -> list[WordRow]:
     return list(dict.fromkeys(rows))
 
 
+def story_rows(vm: str, *deeds: str, gpaw: int = 48) -> list[StoryRow]:
+    """The deeds one after another on a VM of one type. Refuses as `TypeLab.do`."""
+    lab, rows = TypeLab(vm, gpaw=gpaw), []
+    for deed in deeds:
+        before = lab.counts()
+        answer, after = lab.do(deed), lab.counts()
+        work = after.rmp - before.rmp, after.seamcalls - before.seamcalls
+        rows.append(StoryRow(deed, answer, len(after.leaves), *work))
+    return rows
+
+
 # -- plots
 
 #: Pages that a deed takes the mapping of -> their look.
@@ -243,6 +291,6 @@ def _labels(rows: Sequence[DeedRow]) -> list[str]:
     return [f"{row.deed.rpartition(': ')[2]}, {row.vm}" for row in rows]
 
 
-def rows_of(rows: Sequence[DeedRow], *deeds: str) -> list[DeedRow]:
-    """The rows of some deeds."""
-    return [row for row in rows if row.deed in deeds]
+def rows_of(rows: Sequence[DeedRow], *deeds: str, vms: Sequence[str] = NAMES) -> list[DeedRow]:
+    """The rows of some deeds on some types."""
+    return [row for row in rows if row.deed in deeds and row.vm in vms]

@@ -48,7 +48,8 @@ from tdxlab.study.vmtype_lab import words_of
 from tdxlab.study.zap_matrix import leaf_places
 
 #: The VMs of the trials: the six types when their launch has ended, and those that nobody has.
-CASES = (*(kind._replace(launched=True) for kind in KINDS), *HYPOTHETICAL)
+REAL = tuple(kind._replace(launched=True) for kind in KINDS)
+CASES = (*REAL, *HYPOTHETICAL)
 
 #: Somebody who knows each VM.
 TRUTH = "truth"
@@ -229,6 +230,11 @@ def trial_rows(cases: Sequence[VmKind] = CASES, *, gpaw: int = 48) -> list[Trial
                 row = Trial(machine, kind, way).row()
             rows.append(row._replace(as_true=row[2:] == truth[2:]))
     return rows
+
+
+def broken_rows(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """Those in which something else happens than with right answers."""
+    return [row for row in rows if not row.as_true]
 
 
 def wrong_rows(cases: Sequence[VmKind] = CASES) -> list[WrongRow]:
