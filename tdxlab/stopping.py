@@ -1,0 +1,81 @@
+"""How a policy that somebody wrote is stopped: when it breaks a rule, and when it never ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple
+
+#: Lines that a policy may run between two of its calls.
+MOST_LINES = 200_000
+
+
+class Violation(NamedTuple):
+    """What a policy did wrong. rule: short name of the rule; explanation: in words."""
+
+    rule: str
+    explanation: str
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.explanation}"
+
+
+class Stopped(BaseException):
+    """A policy broke a rule, and is not to go on: no `except Exception` of its own holds it."""
+
+    def __init__(self, violation: Violation) -> None:
+        super().__init__(str(violation))
+        self.violation = violation
+
+
+class LineLimit:
+    """Counts the lines of Python that run between `start` and `stop`, and raises Stopped at too
+    many. most: lines.
+
+    Where a debugger or a profiler of lines is at work already, it counts nothing.
+    Differs: a loop inside of one call of a built-in function is one line, and can be endless.
+    """
+
+    def __init__(self, most: int = MOST_LINES) -> None:
+        self._most = most
+        self._lines = 0
+        self._is_on = False
+
+    def start(self) -> None:
+        """Count from 0."""
+        self._lines = 0
+        if sys.gettrace() is None:
+            self._is_on = True
+            sys.settrace(self._enter)
+
+    def stop(self) -> None:
+        """Count no more."""
+        if self._is_on:
+            self._is_on = False
+            sys.settrace(None)
+
+    def _enter(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
+        return self._line
+
+    def _line(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
+        if event == "line":
+            self._lines += 1
+            if self._lines > self._most:
+                text = f"the zap has no end: {self._most} lines ran without a call of the host's"
+                raise Stopped(Violation("end", text))
+        return self._line
+
+
+def line_of(mistake: BaseException, function: Callable[..., Any]) -> str:
+    """Where in `function` an exception came up: " (line 3 of zap)", counted from its `def`; "" if
+    it did not.
+    """
+    code = getattr(function, "__code__", None)
+    traceback = mistake.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code is code:
+            line = traceback.tb_lineno - traceback.tb_frame.f_code.co_firstlineno + 1
+            return f" (line {line} of {traceback.tb_frame.f_code.co_name})"
+        traceback = traceback.tb_next
+    return ""
