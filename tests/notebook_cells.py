@@ -65,11 +65,23 @@ def changed_cells(path: Path) -> list[str]:
     return [name for name, text in saved(path).items() if now[name] != text]
 
 
-def turns_red(path: Path, name: str) -> bool:
-    """True if the cell shows something else than what is saved; cells behind it are not run."""
-    names: dict[str, Any] = {}
+def turns_red(path: Path, *expected: str) -> bool:
+    """True if each of these cells fails or shows something else than what is saved; cells behind
+    the last of them are not run.
+
+    Refuses a cell that the notebook does not have: ValueError.
+    """
+    kept, names, red, missing = saved(path), dict[str, Any](), set(), set(expected)
+    if not missing <= kept.keys():
+        raise ValueError(f"{path.name} has no cells {missing - kept.keys()}")
     for cell in code_cells(path):
-        text = shown_by(cell.source, names)
-        if cell.id == name:
-            return text != saved(path)[name]
-    raise ValueError(f"{path.name} has no cell {name!r}")
+        try:
+            is_red = shown_by(cell.source, names) != kept[cell.id]
+        except Exception:  # whatever a damaged cell raises: nbval would show it in red
+            is_red = True
+        if is_red:
+            red.add(cell.id)
+        missing.discard(cell.id)
+        if not missing:
+            break
+    return red.issuperset(expected)

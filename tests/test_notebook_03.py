@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import io
 import random
 import re
 from collections.abc import Callable
@@ -19,8 +16,8 @@ from tdxlab.study.exercises import variant
 from tdxlab.study.exercises_03 import EXERCISES
 from tdxlab.study.panel_sept import SeptWalker
 from tdxlab.study.sept_moves import ILLEGAL, LATER, LEGAL, MOVES, REACHED
-from tests.test_house_notebooks import code_cells
-from tools.execute_notebooks import read
+from tests.exercise_checks import accepted_wrongs, different_questions, faults_of_check
+from tests.notebook_cells import code_cells, shown_by, turns_red
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "03-secure-ept.ipynb"
 WRONG: dict[str, list[Any]] = {
@@ -171,20 +168,10 @@ def test_bundle_has_the_widget_a_picture_and_the_text(panel: SeptWalker) -> None
 # -- the exercises
 
 
-def accepted_wrongs(number: str, seed: int, gpaw: int) -> list[Any]:
-    """Wrong answers that the check takes."""
-    right = variant(number, gpaw=gpaw, seed=seed).answer
-    wrongs = [wrong for wrong in WRONG[number] if wrong != right]
-    return [wrong for wrong in wrongs if check(number, wrong, gpaw=gpaw, seed=seed)]
-
-
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("gpaw", [48, 52])
 def test_check_accepts_the_right_answer_and_refuses_wrong_ones(number: str, gpaw: int) -> None:
-    for seed in range(6):
-        right = variant(number, gpaw=gpaw, seed=seed).answer
-        assert check(number, right, gpaw=gpaw, seed=seed)
-        assert accepted_wrongs(number, seed, gpaw) == []
+    assert faults_of_check(number, WRONG[number], gpaw=gpaw) == []
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -202,15 +189,8 @@ def test_a_wrong_answer_gets_advice_that_is_not_the_answer(number: str) -> None:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_no_answer_is_no_mistake(number: str) -> None:
-    assert check(number, None).state == check(number, ...).state == "unanswered"
-
-
-@pytest.mark.parametrize("number", NUMBERS)
 def test_seeds_give_variants_and_each_is_reproducible(number: str) -> None:
-    questions = {variant(number, seed=seed).question for seed in range(8)}
-    assert len(questions) >= 4
-    assert variant(number, seed=3).question == variant(number, seed=3).question
+    assert different_questions(number) >= 4
 
 
 def test_every_way_out_of_the_right_length_is_accepted() -> None:
@@ -222,63 +202,15 @@ def test_every_way_out_of_the_right_length_is_accepted() -> None:
 
 # -- the notebook's cells, run in this process
 
-Cells = dict[str, str]
-
-
-def shown_by(source: str, names: dict[str, Any]) -> str:
-    """Run a cell; what it prints, and then the text of its last expression."""
-    body = ast.parse(source).body
-    last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(ast.Module(body, []), "cell", "exec"), names)
-        value = eval(compile(ast.Expression(last.value), "cell", "eval"), names) if last else None
-    return printed.getvalue() + ("" if value is None else repr(value))
-
-
-def run_all(names: dict[str, Any] | None = None, times: int = 1) -> Cells:
-    """Every cell in order, each `times` in a row -> what it shows at last."""
-    names = {} if names is None else names
-    shown = {}
-    for cell in code_cells(read(PATH)):
-        for _ in range(times):
-            shown[cell.id] = shown_by(cell.source, names)
-    return shown
-
-
-def saved() -> Cells:
-    """What the notebook has saved under each code cell."""
-    return {
-        cell.id: "".join(
-            output.get("text") or output.get("data", {}).get("text/plain", "")
-            for output in cell.outputs
-        )
-        for cell in code_cells(read(PATH))
-    }
-
-
-def changed_cells() -> list[str]:
-    """Cells that show something else than what is saved: those that nbval would turn red."""
-    now = run_all()
-    return [name for name, text in saved().items() if now[name] != text]
-
 
 @pytest.fixture(autouse=True)
 def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TDXLAB_GPAW", raising=False)
 
 
-def test_cells_show_what_is_saved() -> None:
-    assert changed_cells() == []
-
-
-def test_each_cell_can_be_run_twice() -> None:
-    shown = run_all(times=2)
-    assert all("right" in text for name, text in shown.items() if name.endswith("-solution"))
-
-
 @pytest.mark.parametrize("place", [4, 12, 30])
 def test_gpaw_can_be_changed_in_the_middle(place: int) -> None:
-    cells, names = code_cells(read(PATH)), {}
+    cells, names = code_cells(PATH), {}
     for number, cell in enumerate(cells):
         shown = shown_by(cell.source, names)
         if number == place:
@@ -286,14 +218,6 @@ def test_gpaw_can_be_changed_in_the_middle(place: int) -> None:
         if cell.id.endswith("-solution"):
             assert "right" in shown
     assert names["race"].top == (4 if place < 30 else 3)
-
-
-def test_a_cell_is_short_and_solutions_are_tagged() -> None:
-    cells = code_cells(read(PATH))
-    lengths = sorted(len(cell.source.splitlines()) for cell in cells)
-    assert lengths[len(lengths) // 2] <= 2
-    tagged = {cell.id for cell in cells if "solution" in cell.metadata.get("tags", [])}
-    assert tagged == {f"exercise-{number[-1]}-solution" for number in NUMBERS}
 
 
 # -- damage is noticed
@@ -321,9 +245,9 @@ def test_damage_turns_a_cell_red(
     where: Any, name: str, damage: Callable[..., Any], expected: str, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(where, name, damage)
-    assert expected in changed_cells()
+    assert turns_red(PATH, expected)
 
 
 def test_a_check_that_accepts_everything_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exercises, "is_right", lambda *_: True)
-    assert all(accepted_wrongs(number, 0, 48) for number in NUMBERS)
+    assert all(accepted_wrongs(number, WRONG[number], seed=0) for number in NUMBERS)

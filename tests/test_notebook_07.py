@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ from tdxlab.study.convert_views import Strip, strip_svg
 from tdxlab.study.exercises import variant
 from tdxlab.study.exercises_07 import EXERCISES
 from tdxlab.study.panel_convert import ConvertPanel
-from tests.notebook_cells import changed_cells, code_cells, run_all, saved, shown_by
+from tests.exercise_checks import accepted_wrongs, different_questions, faults_of_check
+from tests.notebook_cells import code_cells, shown_by, turns_red
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "07-converting-memory.ipynb"
 WRONG: dict[str, list[Any]] = {
@@ -146,20 +146,10 @@ def test_bundle_has_the_widget_a_picture_and_the_text(panel: ConvertPanel) -> No
 # -- the exercises
 
 
-def accepted_wrongs(number: str, seed: int, gpaw: int) -> list[Any]:
-    """Wrong answers that the check takes."""
-    right = variant(number, gpaw=gpaw, seed=seed).answer
-    wrongs = [wrong for wrong in WRONG[number] if wrong != right]
-    return [wrong for wrong in wrongs if check(number, wrong, gpaw=gpaw, seed=seed)]
-
-
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("gpaw", [48, 52])
 def test_check_accepts_the_right_answer_and_refuses_wrong_ones(number: str, gpaw: int) -> None:
-    for seed in range(6):
-        right = variant(number, gpaw=gpaw, seed=seed).answer
-        assert check(number, right, gpaw=gpaw, seed=seed)
-        assert accepted_wrongs(number, seed, gpaw) == []
+    assert faults_of_check(number, WRONG[number], gpaw=gpaw) == []
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -177,15 +167,8 @@ def test_a_wrong_answer_gets_advice_that_is_not_the_answer(number: str) -> None:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_no_answer_is_no_mistake(number: str) -> None:
-    assert check(number, None).state == check(number, ...).state == "unanswered"
-
-
-@pytest.mark.parametrize("number", NUMBERS)
 def test_seeds_give_variants_and_each_is_reproducible(number: str) -> None:
-    questions = {variant(number, seed=seed).question for seed in range(8)}
-    assert len(questions) >= 4
-    assert variant(number, seed=3).question == variant(number, seed=3).question
+    assert different_questions(number) >= 4
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -198,15 +181,6 @@ def test_answers_do_not_depend_on_the_width(number: str) -> None:
 # -- the notebook's cells, run in this process
 
 
-def test_cells_show_what_is_saved() -> None:
-    assert changed_cells(PATH) == []
-
-
-def test_each_cell_can_be_run_twice() -> None:
-    shown = run_all(PATH, times=2)
-    assert all("right" in text for name, text in shown.items() if name.endswith("-solution"))
-
-
 @pytest.mark.parametrize("place", [4, 12, 24])
 def test_gpaw_can_be_changed_in_the_middle(place: int) -> None:
     names: dict[str, Any] = {}
@@ -216,14 +190,6 @@ def test_gpaw_can_be_changed_in_the_middle(place: int) -> None:
             names["GPAW"] = 52
         if cell.id.endswith("-solution"):
             assert "right" in shown
-
-
-def test_a_cell_is_short_and_solutions_are_tagged() -> None:
-    cells = code_cells(PATH)
-    lengths = sorted(len(cell.source.splitlines()) for cell in cells)
-    assert lengths[len(lengths) // 2] <= 2
-    tagged = {cell.id for cell in cells if "solution" in cell.metadata.get("tags", [])}
-    assert tagged == {f"exercise-{number[-1]}-solution" for number in NUMBERS}
 
 
 # -- damage is noticed
@@ -263,21 +229,9 @@ def test_damage_turns_a_cell_red(
     where: Any, name: str, damage: Callable[..., Any], expected: str, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(where, name, damage)
-    assert shown_up_to(expected) != saved(PATH)[expected]
-
-
-def shown_up_to(last: str) -> str:
-    """What the cell shows after all cells before it have run; "" if it raises."""
-    names: dict[str, Any] = {}
-    for cell in code_cells(PATH):
-        if cell.id == last:
-            with contextlib.suppress(Exception):
-                return shown_by(cell.source, names)
-            return ""
-        shown_by(cell.source, names)
-    raise ValueError(f"there is no cell {last!r}")
+    assert turns_red(PATH, expected)
 
 
 def test_a_check_that_accepts_everything_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exercises, "is_right", lambda *_: True)
-    assert all(accepted_wrongs(number, 0, 48) for number in NUMBERS)
+    assert all(accepted_wrongs(number, WRONG[number], seed=0) for number in NUMBERS)
