@@ -272,4 +272,4 @@ def plot_wrong(rows: Sequence[WrongRow], ax: Axes) -> Axes:
     values = zip(*((row.flags, row.type, row.mask) for row in rows), strict=True)
     series = [Series(look, each) for look, each in zip(WAY_LOOKS, values, strict=True)]
     names = [row.vm for row in rows]
-    return stacked_bars(ax, names, series, unit="wrong answers, of 4", title="Who is wrong")
+    return stacked_bars(ax, names, series, unit="wrong answers, of 4 each", title="Who is wrong")
