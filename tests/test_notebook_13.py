@@ -66,12 +66,15 @@ def panel_faults() -> list[str]:
     panel, faults = TypePanel(gpaw=52), []
     before = panel.text()
     panel.vm_type.value, panel.created.value, panel.deed.value = "TDX", True, "punch hole"
+    panel.no_quirk.value = True
     if panel.text() != before:
         faults.append("choosing acts")
     panel.build.click()
     lab = panel.lab
     if (lab.name, lab.launched, lab.gate.guest.gpaw) != ("TDX", False, 52):
         faults.append("builds something else")
+    if panel.lab.quirk:
+        faults.append("leaves the quirk on")
     panel.deed.value = "pre-fault at creation"
     panel.do.click()
     if panel.lab.history() != [("pre-fault at creation", "-EOPNOTSUPP")]:

@@ -50,6 +50,7 @@ EXPECTED = {
 #: Zap -> pages gone for a DEFAULT, an SW_PROTECTED, an SNP VM and a TD: private, shared, beside.
 GONE = {
     "slot deleted": ((0, 4, 4), (2, 2, 0), (2, 2, 0), (2, 2, 0)),
+    "slot deleted, quirk off": ((0, 4, 0), (2, 2, 0), (2, 2, 0), (2, 2, 0)),
     "MMU notifier: munmap": ((0, 4, 0), (2, 2, 0), (2, 2, 0), (0, 2, 0)),
     "becomes shared": (None, (2, 2, 0), (2, 2, 0), (2, 0, 0)),
     "becomes private": (None, (2, 2, 0), (2, 2, 0), (0, 2, 0)),
@@ -179,6 +180,7 @@ def test_matrix_counts_what_the_hooks_do(monkeypatch: pytest.MonkeyPatch) -> Non
         (lambda: TypeLab("SEV").do("fly"), "is no deed; choose from"),
         (lambda: TypeLab("SEV").do("punch hole"), "type SEV has no guest_memfd"),
         (lambda: TypeLab("SNP").do("pre-fault at creation"), "past that"),
+        (lambda: TypeLab("SNP").do("slot deleted, quirk off"), "build one with it off"),
     ],
 )
 def test_lab_refuses_what_is_not_there(call: object, says: str) -> None:

@@ -7,7 +7,7 @@
     panel.do.click()
     panel.back.click()                   # ... one step back
 
-The menus and the box choose; only buttons do something. State k is the state after k steps.
+The menus and the boxes choose; only buttons do something. State k is the state after k steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tdxlab.study.vmtype_views import beliefs_html, history_html, pages_svg, plo
 class TypePanel(Panel):
     """A VM of the chosen type. gpaw: of a TD, 48 or 52.
 
-    vm_type, deed: menus; created: a box. build, do: buttons.
+    vm_type, deed: menus; created, no_quirk: boxes. build, do: buttons.
     """
 
     title = "One MMU, many VM types"
@@ -40,11 +40,9 @@ class TypePanel(Panel):
     def controls(self) -> Sequence[ipywidgets.Widget]:
         """The type, the moment, the deed, and the buttons."""
         self.vm_type = _menu("VM type", NAMES, "220px", "SNP")
-        self.created = ipywidgets.Checkbox(
-            description="just created", indent=False, layout={"width": "120px"}
-        )
+        self.created, self.no_quirk = _box("just created"), _box("quirk off")
         self.deed = _menu("deed", [deed.name for deed in DEEDS], "330px", "use a private page")
-        for name in ("vm_type", "created", "deed"):
+        for name in ("vm_type", "created", "no_quirk", "deed"):
             getattr(self, name).add_class(f"tdxlab-{name}")
         row = {"width": "100%", "flex_flow": "row wrap"}
         self.build = self.button(
@@ -54,12 +52,17 @@ class TypePanel(Panel):
             "Do it", "tdxlab-do", self._do, icon="bolt", tooltip="the chosen deed"
         )
         return [
-            ipywidgets.HBox([self.vm_type, self.created, self.build], layout=row),
+            ipywidgets.HBox([self.vm_type, self.created, self.no_quirk, self.build], layout=row),
             ipywidgets.HBox([self.deed, self.do], layout=row),
         ]
 
     def _build(self) -> None:
-        self.lab = TypeLab(self.vm_type.value, gpaw=self.gpaw, launched=not self.created.value)
+        self.lab = TypeLab(
+            self.vm_type.value,
+            gpaw=self.gpaw,
+            launched=not self.created.value,
+            quirk=not self.no_quirk.value,
+        )
         self.tape = self.lab.tape
         self._clock.value = 0
 
@@ -80,6 +83,7 @@ class TypePanel(Panel):
         """The VM, and what its last step was."""
         numbers, action = self.numbers(), self.tape.last
         moment = "" if self.lab.launched else ", just created"
+        moment += "" if self.lab.quirk else ", quirk off"
         where = f"{numbers['direct']} pages in the direct root, {numbers['mirror']} in the mirror"
         if self.lab.owned():
             where += f", {numbers['RMP entries']} assigned in the RMP"
@@ -105,6 +109,10 @@ class TypePanel(Panel):
         """The numbers as bars."""
         (ax,) = side_by_side(figure, 1, left=0.16)
         plot_counts(self.numbers(), self.lab.name, ax)
+
+
+def _box(description: str) -> ipywidgets.Checkbox:
+    return ipywidgets.Checkbox(description=description, indent=False, layout={"width": "120px"})
 
 
 def _menu(

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from errno import EOPNOTSUPP, errorcode
 from typing import Any, NamedTuple
 
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE, SIZE_2M
 from tdxlab.guest import Write
 from tdxlab.kvm.fault import kvm_vcpu_pre_fault_memory
-from tdxlab.kvm.params import VmConfig
 from tdxlab.kvm.slots import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from tdxlab.kvm.vm_types import KINDS, KVM_X86_TDX_VM
 from tdxlab.machine import Machine
@@ -52,13 +52,15 @@ _ENTRIES = frozenset({"TDH.VP.ENTER"})
 
 class Deed(NamedTuple):
     """Something that can be done to a VM. make: the operation. private: it needs a guest_memfd.
-    early: it is for a VM that was just created, whose launch has not ended.
+    early: it is for a VM that was just created, whose launch has not ended. quirk: False if it is
+    for a VM whose user space has turned the quirk KVM_X86_QUIRK_SLOT_ZAP_ALL off.
     """
 
     name: str
     make: Callable[[Scene], Operation]
     private: bool = False
     early: bool = False
+    quirk: bool = True
 
 
 def _new_slot(flags: int, number: int = 5) -> Callable[[Scene], Operation]:
@@ -122,6 +124,7 @@ DEEDS = (
     Deed("use a private page", _use(NEW_PRIVATE)),
     Deed("use a shared page", _use(NEW_SHARED)),
     Deed("use a private page as shared", _use_as_shared),
+    Deed("slot deleted, quirk off", _ZAPS["slot deleted"].make, quirk=False),
     *(Deed(name, _ZAPS[name].make, _ZAPS[name].file) for name in _ZAPPED),
 )
 _BY_NAME = {deed.name: deed for deed in DEEDS}
@@ -148,16 +151,20 @@ class TypeLab:
     the tape began.
 
     gpaw: of a TD, 48 or 52. launched: False for one that was just created, in which nothing is in
-    use yet; an SNP VM or a TD is then in the middle of its launch. Refuses other names: ValueError.
+    use yet; an SNP VM or a TD is then in the middle of its launch. quirk: SLOT_ZAP_ALL is on.
+    Refuses other names: ValueError.
     """
 
-    def __init__(self, name: str, *, gpaw: int = 48, launched: bool = True) -> None:
+    def __init__(
+        self, name: str, *, gpaw: int = 48, launched: bool = True, quirk: bool = True
+    ) -> None:
         if name not in NAMES:
             raise ValueError(f"there is no VM type {name!r}; choose from {', '.join(NAMES)}")
-        self.name, self.launched = name, launched
+        self.name, self.launched, self.quirk = name, launched, quirk
         self.kind = KINDS[NAMES.index(name)]
         self.machine = Machine(gpaw=gpaw, memory="1 GiB", lps=2, packages=1)
         self.gate = self._make_vm()
+        self.gate.vm.config = replace(self.gate.vm.config, slot_zap_all=quirk)
         self.scene = Scene(self.machine, self.gate)
         self.is_private = self.gate.vm.features.has_private_mem
         self.gate.add_memory(_SLOT_GPAS[1], PAGES * PAGE_SIZE, private=self.is_private)
@@ -169,8 +176,7 @@ class TypeLab:
         size, vm_type = PAGES * PAGE_SIZE, self.kind.vm_type
         if vm_type == KVM_X86_TDX_VM:
             return self.machine.create_td(memory=size, launch=self.launched)
-        config = VmConfig(vm_type=vm_type)
-        return self.machine.create_vm(memory=size, config=config, launch=self.launched)
+        return self.machine.create_vm(memory=size, vm_type=vm_type, launch=self.launched)
 
     def _use_memory(self) -> None:
         """The guest uses some pages of both slots."""
@@ -203,6 +209,8 @@ class TypeLab:
             raise ValueError(f"{name}: a VM of type {self.name} has no guest_memfd")
         if deed.early and self.launched:
             raise ValueError(f"{name}: this VM is past that; build one whose launch has not ended")
+        if self.quirk and not deed.quirk:
+            raise ValueError(f"{name}: this VM has the quirk on; build one with it off")
         return self.machine.host.on_cpu(0, _worded(self.scene, deed))
 
     def do(self, name: str) -> str:

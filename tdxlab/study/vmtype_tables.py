@@ -179,7 +179,11 @@ def observe(vm: str, deed: str, *, gpaw: int = 48) -> DeedRow | None:
     if found is None or vm not in NAMES:
         deeds = ", ".join(each.name for each in DEEDS)
         raise ValueError(f"{vm!r}, {deed!r}: choose of {', '.join(NAMES)} and of {deeds}")
-    return observed(TypeLab(vm, gpaw=gpaw, launched=not found.early), found)
+    return observed(_lab_for(vm, found, gpaw), found)
+
+
+def _lab_for(name: str, deed: Deed, gpaw: int) -> TypeLab:
+    return TypeLab(name, gpaw=gpaw, launched=not deed.early, quirk=deed.quirk)
 
 
 def observed(lab: TypeLab, deed: Deed) -> DeedRow | None:
@@ -214,12 +218,12 @@ def _row(
 
 def matrix(*, gpaw: int = 48) -> list[DeedRow]:
     """A row for each deed and each type that can meet it."""
-    labs = {
-        (name, launched): TypeLab(name, gpaw=gpaw, launched=launched)
-        for name in NAMES
-        for launched in (False, True)
-    }
-    rows = [observed(labs[name, not deed.early], deed) for deed in DEEDS for name in NAMES]
+    labs: dict[tuple[str, bool, bool], TypeLab] = {}
+    rows = []
+    for deed, name in product(DEEDS, NAMES):
+        key = name, deed.early, deed.quirk
+        labs[key] = labs.get(key) or _lab_for(name, deed, gpaw)
+        rows.append(observed(labs[key], deed))
     return [row for row in rows if row is not None]
 
 
