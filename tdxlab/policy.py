@@ -86,6 +86,9 @@ class ZapPolicy:
         """What a leaderboard calls it: its name, or its class's."""
         return self.name or type(self).__name__
 
+    def __repr__(self) -> str:
+        return self.title
+
 
 class Op(NamedTuple):
     """One call of a policy. name: "BLOCK", "TRACK", "KICK", "REMOVE", "WRITEBACK" or "UNBLOCK".
@@ -100,15 +103,30 @@ class Op(NamedTuple):
 
 @dataclass
 class Tally:
-    """What policies have done: pages taken out, kicks, IPIs of kicks, calls made again or refused,
-    and the most pages that were blocked at a time.
+    """What policies have done: pages removed; calls of each leaf, kicks, IPIs of kicks, those that
+    answer BUSY included; calls made again or refused; most pages that were blocked at a time.
     """
 
     pages: int = 0
+    block: int = 0
+    unblock: int = 0
+    track: int = 0
+    remove: int = 0
+    writeback: int = 0
     kicks: int = 0
     ipis: int = 0
     retries: int = 0
     most_blocked: int = 0
+
+    @property
+    def seamcalls(self) -> int:
+        """All of them."""
+        return self.block + self.unblock + self.track + self.remove + self.writeback
+
+    def count(self, leaf: str) -> None:
+        """One call of a leaf, by the name of its Op."""
+        name = leaf.lower()
+        setattr(self, name, getattr(self, name) + 1)
 
 
 class Surroundings(NamedTuple):
@@ -203,6 +221,7 @@ class ZapHost:
         answer = self._about(gfn, "REMOVE", 1, tdh_mem_page_remove)
         if answer == SUCCESS:
             self._blocked -= 1
+            self._around.tally.pages += 1
             self._store(gfn, SHADOW_NONPRESENT_VALUE)
         return answer
 
@@ -239,7 +258,7 @@ class ZapHost:
     def _seamcall(self, op: Op, make: Callable[[], Steps[T]]) -> str:
         """One call, with KVM's answer to BUSY; returns the status as a word."""
         self._begin()
-        answer: T = self._drive(self._until_not_busy(make))
+        answer: T = self._drive(self._until_not_busy(op.name, make))
         status = _status(answer)
         word = SUCCESS if status == TDX_SUCCESS else status_name(status).removeprefix("TDX_")
         op, before = op._replace(answer=word), self._last.get(op.gfn)
@@ -250,10 +269,13 @@ class ZapHost:
             raise Stopped(_refused(op, status, before))
         return word
 
-    def _until_not_busy(self, make: Callable[[], Steps[T]]) -> Steps[T]:
+    def _until_not_busy(self, name: str, make: Callable[[], Steps[T]]) -> Steps[T]:
+        tally = self._around.tally
+        tally.count(name)
         answer = yield from make()
         if tdx_operand_busy(_status(answer)):
-            self._around.tally.retries += 1
+            tally.count(name)
+            tally.retries += 1
             answer = yield from retry_without_vcpus(self._tdx, make())
         return answer
 
@@ -345,7 +367,6 @@ class ZapHost:
     def _give_back(self) -> None:
         """The host clears the pages, and takes them for others."""
         vm = self._tdx.vm
-        self._around.tally.pages += len(self._entries)
         for gfn in self._entries:
             pfn = self._pfn(gfn)
             tdx_clear_page(self._tdx.host, pfn << PAGE_SHIFT)

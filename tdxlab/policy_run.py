@@ -36,14 +36,14 @@ from tdxlab.stopping import Stopped, Violation
 from tdxlab.vmm_td import Td
 from tdxlab.workloads import END, PAGES, SHARED, TOUCH, Event, Workload
 
-#: Leaves that a zap is made of -> how a result calls them.
-_LEAVES = {
-    "TDH.MEM.RANGE.BLOCK": "block",
-    "TDH.MEM.RANGE.UNBLOCK": "unblock",
-    "TDH.MEM.TRACK": "track",
-    "TDH.MEM.PAGE.REMOVE": "remove",
-    "TDH.PHYMEM.PAGE.WBINVD": "writeback",
-}
+#: Leaves that a zap is made of, in the order of a result.
+_LEAVES = (
+    "TDH.MEM.RANGE.BLOCK",
+    "TDH.MEM.RANGE.UNBLOCK",
+    "TDH.MEM.TRACK",
+    "TDH.MEM.PAGE.REMOVE",
+    "TDH.PHYMEM.PAGE.WBINVD",
+)
 #: A page of each vCPU's own, which no event is about.
 _OWN = PAGES * PAGE_SIZE
 #: Steps in which a thread must have moved on; more mean that the model is stuck.
@@ -100,7 +100,8 @@ class Standing(NamedTuple):
     verdict: str
 
 
-Watching = Callable[[Td, Op], object]
+#: Told of the TD, of what the policy or the workload does, and of what was counted by then.
+Watching = Callable[[Td, Op, Tally], object]
 
 
 def run(
@@ -114,8 +115,8 @@ def run(
     """Let `policy` do all zaps of a workload, on a machine of its own.
 
     policy: an object, of which a copy is used, or its class. workload: or its name. seed: of the
-    vCPUs' pace; 0: one step for each of KVM's. watch: called with the TD and each call of the
-    policy when it is done, and with each event that begins, an Op in lower-case letters.
+    vCPUs' pace; 0: one step for each of KVM's. watch: told of each call of the policy
+    when it is done, and of each event that begins, as an Op in lower-case letters.
     Refuses what is no policy, an unknown workload, another GPAW: ValueError.
     """
     policy = _own(policy)
@@ -136,7 +137,9 @@ def run(
 
 
 def kernels_own(workload: Workload | str, *, gpaw: int = 48, seed: int = 1) -> dict[str, int]:
-    """Leaf -> calls that KVM's own code makes in a workload, without any policy. As for `run`."""
+    """Leaf -> calls that KVM's own code makes in a workload, without any policy: those of the zaps,
+    and at the TD's end the write-back of its TDR. Arguments as for `run`.
+    """
     workload = workloads.load(workload) if isinstance(workload, str) else workload
     bench = _Bench(None, workload, gpaw, seed, None)
     for event in workload.events:
@@ -259,8 +262,8 @@ class _Bench:
 
     def result(self, violation: Violation | None) -> Result:
         """What has been done so far."""
-        counts = asdict(self.tally) | {_LEAVES[leaf]: n for leaf, n in self.calls().items()}
-        return Result(self._name, self._workload.name, violation=violation, **counts)
+        name = self._workload.name
+        return Result(self._name, name, violation=violation, **asdict(self.tally))
 
     def calls(self) -> dict[str, int]:
         """The leaves that zaps are made of, and how often each was called."""
@@ -308,7 +311,7 @@ class _Bench:
 
     def _note(self, op: Op) -> None:
         if self._watch is not None:
-            self._watch(self.td, op)
+            self._watch(self.td, op, self.tally)
 
 
 def zapper(tdx: Tdx, policy: ZapPolicy, around: Surroundings) -> MirrorZapper:

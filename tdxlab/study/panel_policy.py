@@ -1,0 +1,151 @@
+"""The policy sandbox: choose a policy and a workload, run it, and go through its calls.
+
+    panel = PolicyPanel(gpaw=48, mine=Mine)
+    panel.policy.value = "Mine"; panel.workload.value = "steady"
+    panel.run.click()
+    panel.scrub.value = 40
+
+A run is recorded when it is made, and then stepped through: what is shown is the state after the
+first calls of it. The menus choose, and only buttons do something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ipywidgets
+from matplotlib.figure import Figure
+
+from tdxlab import workloads
+from tdxlab.policies import POLICIES, WRONG_POLICIES
+from tdxlab.policy import ZapPolicy
+from tdxlab.policy_run import Result
+from tdxlab.study import plots
+from tdxlab.study.panels import Panel
+from tdxlab.study.policy_lab import BLOCKED, Frame, PolicyTape, record
+from tdxlab.study.policy_tables import plot_costs
+from tdxlab.study.policy_views import board_html, external_svg, mirror_svg
+
+
+class PolicyPanel(Panel):
+    """Policies against workloads. gpaw: 48 or 52. mine: a policy of the reader's, or its class.
+
+    policy, workload: menus. run: record what they say, and stand at its end. event: go to where the
+    next event begins. clear: empty the leaderboard. board: results, one for each pair.
+    """
+
+    title = "Policy sandbox"
+    figure_height = 2.4
+
+    def __init__(self, *, gpaw: int = 48, mine: ZapPolicy | type[ZapPolicy] | None = None) -> None:
+        self._gpaw = gpaw
+        self._drawn: tuple[tuple[Result, ...], bytes] = ((), b"")
+        own = mine() if isinstance(mine, type) else mine
+        theirs = (*POLICIES, *WRONG_POLICIES)
+        self._policies = {p.title: p for p in ((own, *theirs) if own is not None else theirs)}
+        first = record(POLICIES[0], "boot", gpaw=gpaw)
+        self.board: dict[tuple[str, str], Result] = {}
+        self._enter(first.result)
+        self.tape: PolicyTape = PolicyTape(first)
+        super().__init__(self.tape)
+
+    # -- what the base class asks for
+
+    def controls(self) -> Sequence[ipywidgets.Widget]:
+        """What is to run, and what can be done."""
+        self.policy = ipywidgets.Dropdown(
+            description="policy",
+            options=list(self._policies),
+            value=POLICIES[0].title,
+            layout={"width": "270px"},
+        )
+        self.workload = ipywidgets.Dropdown(
+            description="workload", options=workloads.names(), layout={"width": "220px"}
+        )
+        self.policy.add_class("tdxlab-policy")
+        self.workload.add_class("tdxlab-workload")
+        make = self.button
+        self.run = make(
+            "Run", "tdxlab-run", self._run, icon="bolt", tooltip="record what is chosen"
+        )
+        self.event = make(
+            "Next event",
+            "tdxlab-event",
+            lambda: self.tape.seek(self.tape.next_event()),
+            icon="forward",
+            tooltip="to where the workload's next event begins",
+        )
+        self.clear = make(
+            "Clear board", "tdxlab-clear", self.board.clear, icon="trash", tooltip="forget all runs"
+        )
+        return [self.policy, self.workload, self.run, self.event, self.clear]
+
+    def views(self) -> dict[str, str]:
+        """Both trees, and the leaderboard."""
+        pages = self.tape.pages()
+        return {
+            "What KVM keeps": mirror_svg(pages),
+            "What the module keeps": external_svg(pages),
+            "Leaderboard of this panel": board_html(list(self.board.values())),
+        }
+
+    def summary(self) -> str:
+        """Whose run this is, what came last, and how it ended."""
+        result, frame = self.tape.recording.result, self.tape.frame
+        who = f"{result.policy} in {result.workload}"
+        if frame is None:
+            return f"{who}: before the first event."
+        if self.tape.position < len(self.tape):
+            return f"{who}, event {frame.event}: {_said(frame)}."
+        if result.violation is not None:
+            return f"{who} was stopped. {result.violation}."
+        return f"{who} is done: {result.seamcalls} SEAMCALLs, {result.ipis} IPIs, all rules kept."
+
+    def numbers(self) -> dict[str, int]:
+        """Sums up to here, and what the pages and vCPUs are now."""
+        frame = self.tape.frame
+        blocked = sum(page.mirror == BLOCKED for page in self.tape.pages().values())
+        return {
+            "event": frame.event if frame else 0,
+            "SEAMCALLs": frame.seamcalls if frame else 0,
+            "IPIs": frame.ipis if frame else 0,
+            "retries": frame.retries if frame else 0,
+            "pages out": frame.out if frame else 0,
+            "blocked": blocked,
+            "vCPUs inside": frame.inside if frame else 0,
+            "runs": len(self.board),
+        }
+
+    def png(self) -> bytes:
+        """The figure, which is drawn anew only when the board has changed."""
+        drawn = tuple(self.board.values())
+        if drawn != self._drawn[0]:
+            self._drawn = drawn, super().png()
+        return self._drawn[1]
+
+    def figure(self, figure: Figure) -> None:
+        """What the runs on the board cost."""
+        (ax,) = plots.side_by_side(figure, 1, left=0.2)
+        plot_costs(list(self.board.values()), ax)
+
+    # -- what the buttons do
+
+    def _run(self) -> None:
+        policy = self._policies[self.policy.value]
+        recording = record(policy, self.workload.value, gpaw=self._gpaw)
+        self._enter(recording.result)
+        self.tape = PolicyTape(recording)
+        self.tape.seek(len(self.tape))
+
+    def _enter(self, result: Result) -> None:
+        self.board[result.policy, result.workload] = result
+
+
+def _said(frame: Frame) -> str:
+    """What a frame is about, in words."""
+    name, gfn, level, answer = frame.op
+    if not frame.is_event:
+        where = f" of gfn {gfn:#x}" if gfn >= 0 else ""
+        return f"{name}{where}, {answer}"
+    running = f"{answer} vCPU{'s' * (answer != '1')} running beside" if answer != "0" else "alone"
+    return f"{name} of {level} pages from gfn {gfn:#x} begins, {running}"
