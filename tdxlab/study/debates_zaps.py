@@ -1,0 +1,323 @@
+"""Debates about zapping a TD's pages: D7, TLB tracking for each page or for many; D12, with
+mmu_lock shared; D21, without a filter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+from tdxlab.arch import PAGE_SIZE, SIZE_2M
+from tdxlab.breaks import BREAKS
+from tdxlab.guest import Read
+from tdxlab.kvm import zap
+from tdxlab.kvm.blocked import is_blocked_spte
+from tdxlab.kvm.external import Hook
+from tdxlab.kvm.notifier import kvm_mmu_notifier_invalidate_range
+from tdxlab.kvm.roots import KVM_VALID_ROOTS
+from tdxlab.kvm.spte import (
+    FROZEN_SPTE,
+    SHADOW_NONPRESENT_VALUE,
+    is_present_leaf,
+    spte_to_pfn,
+)
+from tdxlab.kvm.tdp_iter import TdpIter, for_each_tdp_pte
+from tdxlab.kvm.tdp_set import handle_changed_spte
+from tdxlab.kvm.vm import Vm
+from tdxlab.machine import Machine
+from tdxlab.study.debate_tools import (
+    Faulting,
+    Substitute,
+    calls,
+    go_on,
+    heard,
+    many,
+    status_in,
+    substituted,
+)
+from tdxlab.study.epoch_tables import batch_row
+from tdxlab.study.undone import undone
+from tdxlab.vmm_ioctls import HVA_BASE
+from tdxlab.vmm_td import Td
+
+# -- D7
+
+#: Pages that go, and vCPUs that run meanwhile.
+_PAGES, _OTHERS = 64, 2
+BATCHES = (1, 8, 64)
+
+
+class BatchRow(NamedTuple):
+    """Pages taken away in batches. tracks: new TLB epochs. ipis: to the vCPUs that run meanwhile.
+    seamcalls: in all, but for entries. blocked: mirror entries, at most, that are neither mapped
+    nor empty at one time.
+    """
+
+    batch: int
+    pages: int
+    tracks: int
+    ipis: int
+    seamcalls: int
+    blocked: int
+
+
+def batch_rows(gpaw: int) -> list[BatchRow]:
+    """D7: batches of several sizes; of 1 is what Linux 6.16 does."""
+    rows = []
+    for batch in BATCHES:
+        found = batch_row(gpaw, _PAGES, _OTHERS, batch)
+        blocked = _most_blocked(gpaw, batch)
+        rows.append(BatchRow(batch, _PAGES, found.tracks, found.ipis, found.seamcalls, blocked))
+    return rows
+
+
+def _most_blocked(gpaw: int, batch: int) -> int:
+    """Entries, at most, that are blocked at one time."""
+    machine = Machine(gpaw=gpaw, memory="1 GiB", lps=1, packages=1)
+    td = machine.create_td(memory=SIZE_2M)
+    td.touch(0, _PAGES * PAGE_SIZE)
+    td.zap_in_batches(batch if batch > 1 else 0)
+    blocked = most = 0
+    with heard(td.vm) as events:
+        td.punch_hole(0, _PAGES * PAGE_SIZE)
+    for event in events:
+        if event[0] == "spte_changed":
+            blocked += is_blocked_spte(event[5]) - is_blocked_spte(event[4])
+            most = max(most, blocked)
+    return most
+
+
+def judge_batches(rows: Sequence[BatchRow]) -> str:
+    """D7 in words."""
+    first, last = min(rows), max(rows)
+    saved = first.seamcalls - last.seamcalls
+    if saved <= 0 and last.ipis >= first.ipis:
+        return f"Batches of {last.batch} save nothing."
+    return (
+        f"From batches of {first.batch} to {last.batch} pages, {first.tracks} epochs become "
+        f"{last.tracks}, {first.ipis} IPIs become {last.ipis}, and {100 * saved // first.seamcalls}"
+        f" % of the SEAMCALLs go. The price: up to {last.blocked} entries in a state of their own, "
+        f"instead of {first.blocked}."
+    )
+
+
+# -- D12. Differs: no kernel zaps a mirror so; hooks and module are as always
+
+
+class AtomicRow(NamedTuple):
+    """One way to zap, and what comes to it meanwhile. starts: moments at which it came: before
+    each step of the zap. waits, retries: of a fault, at most. longest: its steps, at most. dead:
+    moments from which on the VM was ended. why: what the module answered then.
+    """
+
+    zap: str
+    meets: str
+    starts: int
+    waits: int
+    retries: int
+    longest: int
+    dead: int
+    why: str
+
+
+EXCLUSIVE, ATOMIC = "mmu_lock for write", "frozen, mmu_lock for read"
+BESIDE, THERE, ANOTHER = "a fault beside", "a fault there", "another zap"
+#: Pages that are zapped, that are mapped next to them, and another slot's.
+_ZAPPED, _BESIDE, _OTHER_GPA = 4, 8, SIZE_2M
+
+
+def _freeze_leaf(vm: Vm, it: TdpIter) -> Hook:
+    """In the place of clear_leaf: the entry is frozen until its page has left the TD."""
+    old_spte, word = it.old_spte, it.word
+    as_id, gfn, level = it.as_id, it.gfn, it.level
+    vm.memory.words.cells[word] = FROZEN_SPTE
+    return _remove_frozen(vm, (as_id, gfn, level, word), old_spte)
+
+
+def _remove_frozen(vm: Vm, place: tuple[int, int, int, int], old_spte: int) -> Hook:
+    as_id, gfn, level, word = place
+    yield from handle_changed_spte(vm, as_id, gfn, old_spte, FROZEN_SPTE, level, shared=True)
+    assert vm.external is not None
+    error = yield from vm.external.remove_external_spte(gfn, level, spte_to_pfn(old_spte))
+    yield ("publish SPTE", gfn, level, SHADOW_NONPRESENT_VALUE)
+    vm.memory.words.cells[word] = SHADOW_NONPRESENT_VALUE
+    return error
+
+
+_ZAPS: dict[str, tuple[Substitute, ...]] = {
+    EXCLUSIVE: (),
+    ATOMIC: (*BREAKS["zap-under-read-lock"].substitutes, (zap, "clear_leaf", _freeze_leaf)),
+}
+
+
+def atomic_rows(gpaw: int) -> list[AtomicRow]:
+    """D12: both ways, met by a fault on a neighbour, by one on a page that goes, by another zap."""
+    machine = Machine(gpaw=gpaw, memory="1 GiB", lps=4, packages=1)
+    td = machine.create_td(vcpus=2, memory=SIZE_2M)
+    td.add_memory(_OTHER_GPA, SIZE_2M)
+    for gpa in (0, _OTHER_GPA):
+        td.touch(gpa, _ZAPPED * PAGE_SIZE)
+    td.touch(_BESIDE * PAGE_SIZE, vcpu=1)
+    return [_atomic_row(td, way, meets) for way in _ZAPS for meets in (BESIDE, THERE, ANOTHER)]
+
+
+def _atomic_row(td: Td, way: str, meets: str) -> AtomicRow:
+    starts, dead, faults = 0, [], []
+    with substituted(_ZAPS[way]):
+        while True:
+            with undone(td.host.hardware):  # type: ignore[arg-type]
+                fault, ended = _meeting(td, meets, starts)
+                if td.vm.vm_bugged:
+                    dead.append(td.vm.vm_bugged)
+            if ended:
+                break
+            faults.append(fault)
+            starts += 1
+    waits = max(fault.waits for fault in faults)
+    retries = max(fault.retries for fault in faults)
+    longest = max(fault.steps for fault in faults)
+    why = ", ".join(sorted({status_in(text) for text in dead}))
+    return AtomicRow(way, meets, starts, waits, retries, longest, len(dead), why or "-")
+
+
+def _meeting(td: Td, meets: str, start: int) -> tuple[Faulting, bool]:
+    """A zap with a vCPU inside the guest; before its step `start` the other one comes, and all take
+    turns. Returns the fault, and True if the zap had ended before.
+    """
+    page = 0 if meets == THERE else _BESIDE + 1
+    fault = Faulting(td, page * PAGE_SIZE)
+    reading = td.run_steps(repeat(Read(_BESIDE * PAGE_SIZE)), vcpu=1)
+    size = _ZAPPED * PAGE_SIZE
+    zapping = td.host.on_cpu(2, td.punch_hole_steps(0, size))
+    if meets == ANOTHER:
+        coming = td.host.on_cpu(3, td.punch_hole_steps(_OTHER_GPA, size))
+    else:
+        coming = td.host.on_cpu(0, fault.operation())
+    go_on(reading, 16)
+    ended = False
+    for _ in range(start):
+        ended = not go_on(zapping, 1)
+        go_on(reading, 2)
+    threads = [zapping, coming]
+    while threads and not td.vm.vm_bugged:
+        threads = [thread for thread in threads if go_on(thread, 1)]
+        go_on(reading, 2)
+    for thread in (zapping, coming, reading):
+        thread.close()
+    return fault, ended
+
+
+def judge_atomic(rows: Sequence[AtomicRow]) -> str:
+    """D12 in words."""
+    parts = []
+    for meets in (BESIDE, THERE):
+        exclusive, atomic = (_find(rows, way, meets) for way in (EXCLUSIVE, ATOMIC))
+        parts.append(
+            f"{meets.capitalize()} takes up to {exclusive.longest} steps with {EXCLUSIVE}, "
+            f"{exclusive.waits} of them waiting, and {atomic.longest} with the entry {ATOMIC}"
+        )
+    dead = [row for row in rows if row.dead]
+    parts += [
+        f"{row.meets.capitalize()} ends the VM from {row.dead} of {row.starts} moments if the way "
+        f"is: {row.zap} ({row.why})"
+        for row in dead
+    ]
+    if not dead:
+        parts.append("No meeting ends the VM")
+    elif all(row.zap == ATOMIC for row in dead):
+        parts.append("What mmu_lock for write buys is that nobody else tracks meanwhile")
+    return ". ".join(parts) + "."
+
+
+def _find(rows: Sequence[AtomicRow], way: str, meets: str) -> AtomicRow:
+    return next(row for row in rows if (row.zap, row.meets) == (way, meets))
+
+
+# -- D21
+
+
+class FilterRow(NamedTuple):
+    """A storm of MMU notifiers over a TD's whole memory. private, shared: mappings that are gone
+    after the first. seamcalls: of the whole storm. lost: private pages whose data are gone. guest:
+    what becomes of it when it uses its private memory again.
+    """
+
+    filter: str
+    events: int
+    private: int
+    shared: int
+    seamcalls: int
+    lost: int
+    guest: str
+
+
+FILTERED, UNFILTERED = "by attribute", "none"
+_EVENTS, _EACH = 4, 4
+
+
+def _all_valid_roots(vm: Vm, attr_filter: int) -> int:
+    return KVM_VALID_ROOTS
+
+
+_FILTERS: dict[str, tuple[Substitute, ...]] = {
+    FILTERED: (),
+    UNFILTERED: ((zap, "kvm_gfn_range_filter_to_root_types", _all_valid_roots),),
+}
+
+
+def filter_rows(gpaw: int) -> list[FilterRow]:
+    """D21: the same storm with and without the filter."""
+    machine = Machine(gpaw=gpaw, memory="1 GiB", lps=2, packages=1)
+    td = machine.create_td(memory=SIZE_2M)
+    td.convert(_EACH * PAGE_SIZE, _EACH * PAGE_SIZE, to="shared")
+    for page in range(2 * _EACH):
+        td.write(page * PAGE_SIZE, b"kept")
+    return [_filter_row(machine, td, name) for name in _FILTERS]
+
+
+def _filter_row(machine: Machine, td: Td, name: str) -> FilterRow:
+    """After each notifier the guest uses its shared memory again; at the end its private memory."""
+    pages = range(_EACH)
+    with undone(machine), substituted(_FILTERS[name]):
+        before, gone = calls(machine), (0, 0)
+        for event in range(_EVENTS):
+            kept = [_mapped(td, kind) for kind in ("mirror", "direct")]
+            notifier = kvm_mmu_notifier_invalidate_range(td.vm, HVA_BASE, HVA_BASE + SIZE_2M)
+            td.run_thread(notifier)
+            if not event:
+                private, shared = kept
+                gone = (private - _mapped(td, "mirror"), shared - _mapped(td, "direct"))
+            td.touch(_EACH * PAGE_SIZE, _EACH * PAGE_SIZE, write=False)
+        made = calls(machine) - before
+        lost = sum(not _still_kept(machine, td, page) for page in pages)
+        outcome = td.read(0, 4)
+    guest = "goes on" if outcome.answers == (b"kept",) else "dies: private memory not accepted"
+    return FilterRow(name, _EVENTS, *gone, made, lost, guest)
+
+
+def _mapped(td: Td, kind: str) -> int:
+    """Pages that a VM's mirror or direct root maps."""
+    vcpu = td.vm.vcpus[0]
+    root = td.vm.sps[vcpu.mirror_root_hpa if kind == "mirror" else vcpu.root_hpa]
+    walk = for_each_tdp_pte(td.vm, root, 0, SIZE_2M // PAGE_SIZE)
+    return sum(is_present_leaf(it.old_spte, it.level) for it in walk)
+
+
+def _still_kept(machine: Machine, td: Td, page: int) -> bool:
+    """The private page has the guest's data still."""
+    with undone(machine):
+        return td.read(page * PAGE_SIZE, 4).answers == (b"kept",)
+
+
+def judge_filter(rows: Sequence[FilterRow]) -> str:
+    """D21 in words."""
+    parts = [
+        f'Filter "{row.filter}": the first notifier takes {row.private} private and {row.shared} '
+        f"shared mappings, the storm costs {many(row.seamcalls, 'SEAMCALL')} and "
+        f"{many(row.lost, 'private page')}, and the guest {row.guest}"
+        for row in rows
+    ]
+    lossless = [row.filter for row in rows if not row.lost]
+    end = f"Nothing is lost with: {', '.join(lossless)}" if lossless else "Both lose data"
+    return f"{'. '.join(parts)}. {end}."

@@ -1,0 +1,327 @@
+"""The debates: every experiment runs, measures what the reviews argued about, and is judged by its
+numbers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tdxlab.kvm import fault, memory_region, tdp_iter, tdp_mmu, tdp_set, zap
+from tdxlab.kvm.locks import MmuLock
+from tdxlab.kvm.vm import Vm
+from tdxlab.study import (
+    debates_faults,
+    debates_gfns,
+    debates_limits,
+    debates_mirror,
+    debates_protocols,
+    debates_styles,
+    debates_teardown,
+    debates_zaps,
+)
+from tdxlab.study.debate_tools import substituted
+from tdxlab.study.debates import DEBATES, Experiment, debate, debate_rows
+
+GPAWS = (48, 52)
+
+#: Name -> columns of the table.
+COLUMNS = {
+    "D1": "walker wrong_gfns dirty_lost left_mapped root_entries unseen unseen_used true_events",
+    "D2": "address gfn root private_write shared_write",
+    "D3": "vm rule private_write shared_write",
+    "D5": "vm key changes known unknown hooks tables rmp",
+    "D7": "batch pages tracks ipis seamcalls blocked",
+    "D8": "order pages seamcalls per_page lost vm",
+    "D9": "rule before_init init_refused after_init lost_before lost_after refused root_entries "
+    "missed",
+    "D12": "zap meets starts waits retries longest dead why",
+    "D13": "vm flush zapped stale needless",
+    "D14": "order asked answer vm",
+    "D15": "protocol vcpus starts rounds wasted retries dead why",
+    "D16": "deed reads seamcalls without mirror_tables",
+    "D20": "style impossible types status nobody harmless",
+    "D21": "filter events private shared seamcalls lost guest",
+}
+
+
+@cache
+def run_of(name: str, gpaw: int = 48) -> Experiment:
+    """One debate, run once for all tests."""
+    return debate(name, gpaw)
+
+
+def rows_of(name: str, gpaw: int = 48, **wanted: object) -> list[Any]:
+    """Its rows; those with the wanted values."""
+    rows = run_of(name, gpaw).table.rows
+    return [row for row in rows if all(getattr(row, key) == wanted[key] for key in wanted)]
+
+
+def row_of(name: str, gpaw: int = 48, **wanted: object) -> Any:
+    """The one row with the wanted values."""
+    (row,) = rows_of(name, gpaw, **wanted)
+    return row
+
+
+EACH_GPAW = pytest.mark.parametrize("gpaw", GPAWS)
+
+
+# -- all of them
+
+
+@EACH_GPAW
+@pytest.mark.parametrize("name", DEBATES)
+def test_debate_has_the_stated_columns_and_a_verdict(name: str, gpaw: int) -> None:
+    found = run_of(name, gpaw)
+    assert found.table.rows[0]._fields == tuple(COLUMNS[name].split())
+    assert found.verdict.endswith(".")
+    assert found.verdict == DEBATES[name].judge(found.table.rows)
+
+
+def test_debate_refuses_a_name_or_width_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"'D4'; choose one of D1, D2"):
+        debate("D4")
+    with pytest.raises(ValueError, match="choose 48 or 52"):
+        debate("D3", gpaw=50)
+
+
+def test_experiment_shows_question_table_verdict_and_outcome() -> None:
+    found = run_of("D14")
+    for text in (repr(found), found._repr_html_()):
+        flat = " ".join(text.split())
+        assert found.question in flat
+        assert "TDX_EPT_PAGE_NOT_FREE" in flat
+        assert "Linux 6.16" in flat
+    assert "<table>" in found._repr_html_()
+
+
+def test_debate_rows_name_every_debate() -> None:
+    assert [row.debate for row in debate_rows()] == list(DEBATES)
+
+
+def test_substituted_puts_the_former_function_back_after_an_error() -> None:
+    name, seen = "tdp_mmu_get_root_for_fault", []
+
+    def fail() -> None:
+        with substituted([(tdp_mmu, name, None)]):
+            seen.append(vars(tdp_mmu)[name])
+            raise RuntimeError("in the middle")
+
+    before = vars(tdp_mmu)[name]
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
+    assert seen == [None]
+    assert vars(tdp_mmu)[name] is before
+
+
+def test_debates_leave_linux_as_it_was() -> None:
+    places = [vars(module) for module in (fault, memory_region, tdp_iter, tdp_mmu, tdp_set, zap)]
+    places += [dict(vars(owner)) for owner in (MmuLock, Vm)]
+    before = [dict(place) for place in places]
+    for name in ("D1", "D3", "D9", "D12", "D13", "D15", "D16", "D21"):
+        debate(name)
+    owners = (fault, memory_region, tdp_iter, tdp_mmu, tdp_set, zap, MmuLock, Vm)
+    assert [dict(vars(owner)) for owner in owners] == before
+
+
+# -- the number that matters in each
+
+
+@EACH_GPAW
+def test_gfn_rows_find_bugs_only_where_gfns_are_raw(gpaw: int) -> None:
+    clean = row_of("D1", gpaw, walker=debates_gfns.CLEAN)
+    raw = row_of("D1", gpaw, walker=debates_gfns.CONVERTED)
+    forgotten = row_of("D1", gpaw, walker=debates_gfns.FORGOTTEN)
+    assert (clean.wrong_gfns, clean.dirty_lost, clean.left_mapped) == (0, 0, 0)
+    assert min(raw.wrong_gfns, raw.dirty_lost) > 0
+    assert raw.left_mapped == 0 < forgotten.left_mapped
+    assert clean.true_events == 0 < raw.true_events
+
+
+def test_gfn_rows_let_a_masked_full_zap_miss_half_of_the_root() -> None:
+    masked = row_of("D1", walker=debates_gfns.MASKED)
+    assert (masked.root_entries, masked.unseen, masked.unseen_used) == (256, 256, 0)
+    assert row_of("D1", walker=debates_gfns.CLEAN).root_entries == 512
+
+
+@EACH_GPAW
+def test_address_rows_map_a_shared_page_in_the_mirror_without_any_bit(gpaw: int) -> None:
+    rows = {(row.address, row.gfn, row.root): row.shared_write for row in rows_of("D2", gpaw)}
+    assert rows["raw", "clean", "address"] == debates_faults.DIRECT
+    assert rows["clean", "clean", "address"] == debates_faults.MIRROR
+    assert rows["raw", "raw", "address"] == debates_faults.BUGGED
+
+
+@EACH_GPAW
+def test_root_rows_crash_the_host_for_private_memory_without_a_mirror(gpaw: int) -> None:
+    crashed = [row for row in rows_of("D3", gpaw) if debates_faults.CRASH in row]
+    assert [(row.vm, row.rule) for row in crashed] == [("SW_PROTECTED", "is_private")]
+    assert crashed[0].private_write == debates_faults.CRASH
+
+
+@EACH_GPAW
+def test_hook_rows_leave_every_change_outside_of_faults_unanswered(gpaw: int) -> None:
+    for vm in (debates_mirror.TDX, debates_mirror.SNP):
+        mirror = row_of("D5", gpaw, vm=vm, key=debates_mirror.MIRROR_KEY)
+        private = row_of("D5", gpaw, vm=vm, key=debates_mirror.PRIVATE_KEY)
+        assert mirror.unknown == 0 < private.unknown
+        assert private.known + private.unknown == mirror.changes
+    assert row_of("D5", gpaw, vm="SNP", key=debates_mirror.MIRROR_KEY).hooks == 0
+
+
+@EACH_GPAW
+def test_batch_rows_count_a_track_for_each_batch(gpaw: int) -> None:
+    for row in rows_of("D7", gpaw):
+        assert row.tracks == row.pages // row.batch
+        assert row.seamcalls == 3 * row.pages + row.tracks
+        assert row.blocked == (row.batch if row.batch > 1 else 0)
+
+
+@EACH_GPAW
+def test_keyid_rows_need_four_seamcalls_or_one_for_each_page(gpaw: int) -> None:
+    per_page = {row.order: (row.per_page, row.lost) for row in rows_of("D8", gpaw)}
+    assert per_page[debates_teardown.KEYID_LAST] == (4, 0)
+    assert per_page[debates_teardown.KEYID_FIRST] == (1, 0)
+    assert per_page[debates_teardown.SAME_HOOKS][1] > rows_of("D8", gpaw)[0].pages
+
+
+@EACH_GPAW
+def test_limit_rows_leave_a_gap_before_the_td_is_initialised(gpaw: int) -> None:
+    linux = row_of("D9", gpaw, rule="last gfn has no direct bit")
+    assert (linux.before_init, linux.after_init) == ("below, across, above", "below")
+    assert (linux.lost_before, linux.lost_after, linux.missed) == (6, 0, 0)
+    each = row_of("D9", gpaw, rule="a bound for each VM")
+    assert (each.init_refused, each.lost_before, each.missed) == ("across, above", 0, 4)
+
+
+@EACH_GPAW
+def test_atomic_rows_end_the_vm_where_two_zaps_track(gpaw: int) -> None:
+    dead = [row for row in rows_of("D12", gpaw) if row.dead]
+    assert [(row.zap, row.meets) for row in dead] == [(debates_zaps.ATOMIC, debates_zaps.ANOTHER)]
+    assert dead[0].why == "TDX_PREVIOUS_TLB_EPOCH_BUSY"
+    beside = {row.zap: row for row in rows_of("D12", gpaw, meets=debates_zaps.BESIDE)}
+    assert beside[debates_zaps.EXCLUSIVE].waits > beside[debates_zaps.ATOMIC].waits == 0
+
+
+@EACH_GPAW
+def test_flush_rows_are_stale_only_in_a_td_whose_gfns_are_flushed_plain(gpaw: int) -> None:
+    stale = {(row.vm, row.flush): row.stale for row in rows_of("D13", gpaw) if row.stale}
+    assert stale == {("TDX", debates_limits.PLAIN): 2}
+    guard = rows_of("D13", gpaw, flush=debates_limits.GUARD)
+    assert {row.vm: row.needless > 0 for row in guard} == {"TDX": True, "DEFAULT": False}
+
+
+@EACH_GPAW
+def test_order_rows_refuse_a_table_that_is_not_empty(gpaw: int) -> None:
+    answers = {row.order: row.answer for row in rows_of("D14", gpaw)}
+    assert answers[debates_teardown.CHILDREN] == "-"
+    assert answers[debates_teardown.PARENT] == "TDX_EPT_PAGE_NOT_FREE"
+
+
+@EACH_GPAW
+def test_protocol_rows_keep_pace_only_with_the_freeze(gpaw: int) -> None:
+    rounds = {
+        name: [row.rounds for row in rows_of("D15", gpaw, protocol=name)]
+        for name in (debates_protocols.FREEZE, debates_protocols.LOCK)
+    }
+    assert len(set(rounds[debates_protocols.FREEZE])) == 1
+    assert sorted(set(rounds[debates_protocols.LOCK])) == rounds[debates_protocols.LOCK]
+    assert all(row.wasted == 0 for row in rows_of("D15", gpaw, protocol="freeze"))
+    forgiven = row_of("D15", gpaw, protocol=debates_protocols.FORGIVE, vcpus=4)
+    hoped = row_of("D15", gpaw, protocol=debates_protocols.HOPE, vcpus=4)
+    assert (forgiven.wasted, forgiven.dead) == (3, 0)
+    assert hoped.why == "TDX_EPT_ENTRY_STATE_INCORRECT"
+
+
+@EACH_GPAW
+def test_read_rows_look_at_every_entry_of_a_zapped_table(gpaw: int) -> None:
+    levels = 4 if gpaw == 48 else 5
+    reads = {row.deed: row.reads for row in rows_of("D16", gpaw)}
+    assert reads["the page beside it"] == levels
+    assert reads["7 more"] == 7 * levels
+    assert reads["2 MiB become shared, 9 mapped"] == 512 + levels - 1
+    nine = row_of("D16", gpaw, deed="2 MiB become shared, 9 mapped")
+    assert (nine.seamcalls, nine.without) == (4 * 9, 4 * 9 + nine.reads)
+
+
+def test_style_rows_catch_more_the_more_types_there_are() -> None:
+    rows = rows_of("D20")
+    assert all(sum(row[1:]) == debates_styles.BUGS for row in rows)
+    caught = [row.impossible + row.types for row in rows]
+    assert caught == sorted(caught)
+    assert caught[0] == 0
+
+
+@EACH_GPAW
+def test_filter_rows_lose_every_private_page_without_the_filter(gpaw: int) -> None:
+    filtered, unfiltered = rows_of("D21", gpaw)
+    assert (filtered.private, filtered.lost, filtered.seamcalls) == (0, 0, 0)
+    assert (unfiltered.private, unfiltered.lost, unfiltered.seamcalls) == (4, 4, 16)
+    assert (filtered.guest, unfiltered.guest[:4]) == ("goes on", "dies")
+
+
+# -- the verdict follows the numbers
+
+Change = Callable[[Sequence[Any]], list[Any]]
+
+
+def every(**values: object) -> Change:
+    """All rows with these values."""
+    return lambda rows: [row._replace(**values) for row in rows]
+
+
+def reverse(column: str) -> Change:
+    """All rows, each with the value of its mirror image in one column."""
+    return lambda rows: [
+        row._replace(**{column: getattr(other, column)})
+        for row, other in zip(rows, reversed(rows), strict=True)
+    ]
+
+
+CHANGES: dict[str, Change] = {
+    "D1": every(wrong_gfns=0, dirty_lost=0),
+    "D2": every(private_write=debates_faults.MIRROR, shared_write=debates_faults.DIRECT),
+    "D3": every(private_write=debates_faults.DIRECT),
+    "D5": every(unknown=0),
+    "D7": every(seamcalls=256, ipis=130),
+    "D8": reverse("seamcalls"),
+    "D9": every(lost_before=0),
+    "D12": every(dead=0),
+    "D13": every(stale=0),
+    "D14": every(vm="fine"),
+    "D15": every(dead=0, wasted=0, rounds=5),
+    "D16": lambda rows: [row._replace(without=row.seamcalls) for row in rows],
+    "D20": reverse("types"),
+    "D21": every(lost=0),
+}
+
+#: Name -> what the verdict says before the change, and after.
+WORDS = {
+    "D1": ("the dirty log lost", '"raw gfns, zaps convert": no bug'),
+    "D2": ("2 of 4", "4 of 4"),
+    "D3": ("crashes the host", '"is_private" works in all 3'),
+    "D5": ("cannot be answered at 33", '"private gfn" is answered at all'),
+    "D7": ("24 % of the SEAMCALLs go", "save nothing"),
+    "D8": ('"KeyID first" needs 62', '"KeyID last" needs 21'),
+    "D9": ("No rule is without a gap", "goes wrong with last gfn has no direct bit"),
+    "D12": ("ends the VM from", "No meeting ends the VM"),
+    "D13": ("leaves stale translations", "No stale translation is left by: everything"),
+    "D14": ("is refused with", '"the table that maps the page" goes well'),
+    "D15": ('"optimistic" ends the VM', '"optimistic" takes 5 rounds'),
+    "D16": ("554 SEAMCALLs more", "no SEAMCALL more"),
+    "D20": ("Most is told by: typed", "typed 5"),
+    "D21": ("lost with: by attribute.", "lost with: by attribute, none."),
+}
+
+
+@pytest.mark.parametrize("name", DEBATES)
+def test_judge_says_otherwise_when_the_numbers_are_others(name: str) -> None:
+    before, after = WORDS[name]
+    rows, judge = run_of(name).table.rows, DEBATES[name].judge
+    assert before in judge(rows)
+    turned = judge(CHANGES[name](rows))
+    assert after in turned
+    assert turned != judge(rows)
