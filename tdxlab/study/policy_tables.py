@@ -162,9 +162,14 @@ def region_rows(gpaw: int) -> list[RegionRow]:
     return [RegionRow(r.policy, r.pages, r.block, r.unblock, r.track, r.seamcalls) for r in results]
 
 
-def one_zap(pages: int = workloads.PAGES, running: int = 0) -> Workload:
-    """All of `pages` are touched, and become shared while `running` vCPUs never leave."""
-    events = (Event("touch", 0, pages), Event(SHARED, 0, pages, running))
+def one_zap(
+    pages: int = workloads.PAGES, running: int = 0, *, mapped: int | None = None
+) -> Workload:
+    """`mapped` pages are touched (None: all), and `pages` become shared while `running` vCPUs never
+    leave.
+    """
+    touched = Event("touch", 0, pages if mapped is None else mapped)
+    events = (touched, Event(SHARED, 0, pages, running))
     return Workload("one zap", "", 0, running + 1, 0, events)
 
 
