@@ -6,6 +6,7 @@ import pytest
 from shadow_scene import EXAMPLE, RWU, Scene
 
 from tdxlab.kvm.pae_guest import GuestFault, GuestWalk, walk_guest
+from tdxlab.kvm.pae_pdpte import X86_CR0_PG, X86_CR0_WP, X86_CR4_PAE
 from tdxlab.kvm.pae_rules import complaints, quadrants
 from tdxlab.kvm.role import Role
 from tdxlab.kvm.shadow import (
@@ -18,7 +19,19 @@ from tdxlab.kvm.shadow import (
 )
 from tdxlab.kvm.shadow_pages import shadowing
 from tdxlab.kvm.shadow_params import DESIGNS
-from tdxlab.kvm.shadow_run import EMULATED, GUEST_FAULT, MMIO, OK, access, set_cr3, store
+from tdxlab.kvm.shadow_run import (
+    EMULATED,
+    GUEST_FAULT,
+    MMIO,
+    OK,
+    access,
+    set_cr0,
+    set_cr3,
+    set_cr4,
+    store,
+)
+from tdxlab.kvm.shadow_sync import sync_page
+from tdxlab.kvm.shadow_vm import MMU_SYNC, ShadowPage
 from tdxlab.steps import run
 
 ALL = pytest.mark.parametrize("design", DESIGNS)
@@ -174,6 +187,35 @@ def test_a_table_of_level_1_is_out_of_sync_until_the_guest_flushes(design: str, 
         run(set_cr3(scene.vcpu, scene.cr3))
     assert scene.access(0x3000).hpa == scene.expected(0x3000) == old + 0x1000
     assert complaints(scene.vm) == []
+
+
+@ALL
+@pytest.mark.parametrize("levels", [2, 3])
+def test_load_syncs_what_a_new_root_finds_when_no_other_request_does(
+    design: str, levels: int
+) -> None:
+    scene = mapped(levels, design=design)
+    old = scene.access(0x3000).hpa
+    assert scene.guest_put(0x3000, 3, 0x6000 | RWU) == "direct"
+    for cr0 in (X86_CR0_WP, X86_CR0_WP | X86_CR0_PG):
+        assert run(set_cr0(scene.vcpu, cr0)) == "fine"
+    assert MMU_SYNC not in scene.vcpu.requests
+    assert scene.access(0x3000).hpa == scene.expected(0x3000) == old + 0x1000
+    assert complaints(scene.vm) == []
+
+
+def test_sync_page_zaps_what_shadows_another_kind_of_table() -> None:
+    scene = mapped()
+    scene.access(0x3000)
+    scene.guest_put(0x3000, 3, 0x6000 | RWU)
+    (page,) = shadowing(scene.vm, 3)
+    assert run(set_cr3(scene.vcpu, 0x9000)) == "fine"
+    assert run(set_cr4(scene.vcpu, X86_CR4_PAE)) == "fine"
+    assert scene.vcpu.guest_level == 3
+    invalid: list[ShadowPage] = []
+    assert sync_page(scene.vcpu, page, invalid) is None
+    assert [sp.spt for sp in invalid] == [page.spt]
+    assert shadowing(scene.vm, 3) == []
 
 
 def test_sync_children_protects_the_table_again() -> None:
