@@ -22,10 +22,14 @@ CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrom
 WIDTH = 100
 #: What the model leaves out, leaves of the module apart.
 LEFT_OUT = (
-    "KVM's MMU: so far only the hooks through which it drives an external EPT.",
+    "KVM: the shadow MMU for guests in long mode, SEV's encryption of memory and registers, SNP's "
+    "launch, instruction emulation, the dirty ring, CPU hotplug.",
+    "TDX: migration, service TDs, TD partitioning (nested VMs).",
     "Time: calls and steps are counted, nothing says how long they take.",
-    "Caches: a write reaches memory at once, a write-back only counts.",
-    "Secrecy: encryption shows what a wrong key gives, and keeps no secret.",
+    "Caches: a write reaches memory at once; of what a cache could still hold, it is noted only "
+    "which pages may have dirty lines, and under which KeyID.",
+    "Secrecy: encryption shows what a wrong key gives; its keys come from a seed, and keep no "
+    "secret.",
 )
 
 _FOR_TESTS = re.compile(r"extra == ['\"]test['\"]")

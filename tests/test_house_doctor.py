@@ -1,5 +1,6 @@
 """`tdxlab doctor`: what is there, what is missing, how to mend it, what is not modelled."""
 
+import re
 import sys
 from importlib import metadata
 from io import StringIO
@@ -10,6 +11,7 @@ import pytest
 from tdxlab import doctor, resources
 from tdxlab.abi.leaves import GUEST_LEAVES, HOST_LEAVES
 
+ROOT = Path(__file__).resolve().parents[1]
 PIP = f"{sys.executable} -m pip install"
 ABSENT = "nosuchpackage"
 PRESENT = metadata.version("numpy")
@@ -52,8 +54,19 @@ def test_doctor_lists_exactly_the_leaves_that_are_not_modelled() -> None:
 def test_doctor_says_what_else_is_left_out_in_lines_that_fit() -> None:
     _, text = examined()
     left_out = text.partition("Not modelled:")[2]
-    assert all(f"\n  {subject}" in left_out for subject in ("KVM's MMU", "Time", "Caches"))
+    subjects = ("KVM", "TDX", "Time", "Caches", "Secrecy")
+    assert all(f"\n  {subject}: " in left_out for subject in subjects)
     assert max(map(len, left_out.splitlines())) <= doctor.WIDTH
+
+
+def test_doctor_leaves_out_what_the_architecture_says_is_left_out() -> None:
+    text = " ".join((ROOT / "docs/architecture.md").read_text().split())
+    module, _, rest = text.partition("Not modelled: ")[2].partition(". Their leaves ")
+    kvm = rest.partition("Of KVM: ")[2].partition(". ")[0]
+    listed = re.sub(r" \(that for [^)]*\)", "", f"{module}, {kvm}").split(", ")
+    assert len(listed) >= 6
+    said = " ".join(doctor.LEFT_OUT)
+    assert [name for name in listed if name not in said] == []
 
 
 @pytest.mark.parametrize(
