@@ -43,7 +43,7 @@ class Machine(BareMachine, Journalled):
     gpaw: guest address width of the TDs it creates, 48 or 52. memory: for guests and for what KVM
     and the module need for them: a multiple of 1 GiB, as an int of bytes or as "4 GiB". lps: 1 to
     256 logical processors, spread over `packages` (1 to 8). params: CPU facts and module parameters
-    of KVM. encrypted: as for `BareMachine`.
+    of KVM. encrypted: as for `BareMachine`. rmp: whose each page is, for SNP VMs.
     Refuses values out of range: ValueError.
     """
 

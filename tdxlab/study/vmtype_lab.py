@@ -111,6 +111,7 @@ _ZAPPED = (
     *("slot deleted", "MMU notifier: munmap", "becomes shared", "becomes private"),
     *("punch hole", "zap_all_fast", "VM destroyed"),
 )
+_ZAP_DEEDS = [Deed(name, _ZAPS[name].make, _ZAPS[name].file) for name in _ZAPPED]
 
 #: In the order of the matrix.
 DEEDS = (
@@ -124,8 +125,9 @@ DEEDS = (
     Deed("use a private page", _use(NEW_PRIVATE)),
     Deed("use a shared page", _use(NEW_SHARED)),
     Deed("use a private page as shared", _use_as_shared),
+    _ZAP_DEEDS[0],
     Deed("slot deleted, quirk off", _ZAPS["slot deleted"].make, quirk=False),
-    *(Deed(name, _ZAPS[name].make, _ZAPS[name].file) for name in _ZAPPED),
+    *_ZAP_DEEDS[1:],
 )
 _BY_NAME = {deed.name: deed for deed in DEEDS}
 

@@ -7,14 +7,17 @@ import errno
 import pytest
 
 from tdxlab.arch import PAGE_SIZE
+from tdxlab.guest import Write
 from tdxlab.journal import Journal
 from tdxlab.kvm.fault import kvm_vcpu_pre_fault_memory
 from tdxlab.kvm.gmem import GuestMemfds
 from tdxlab.kvm.params import KVM_X86_SW_PROTECTED_VM
 from tdxlab.kvm.rmp import SVM_EXIT_NPF, Rmp, RmpEntry, SnpGmem
+from tdxlab.kvm.spte import SPTE_MMU_PRESENT_MASK, spte_to_pfn
+from tdxlab.kvm.tdp_iter import for_each_tdp_pte
 from tdxlab.kvm.vm_types import KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM
 from tdxlab.machine import Machine
-from tdxlab.steps import run
+from tdxlab.steps import run, seeded
 from tdxlab.vmm_errors import IoctlError
 from tdxlab.vmm_run import UNHANDLED
 from tdxlab.vmm_snp import SnpVm
@@ -178,6 +181,68 @@ def test_two_guests_own_different_pages() -> None:
     assert isinstance(other, SnpVm)
     assert one.asid != other.asid
     assert set(one.owned().values()).isdisjoint(other.owned().values())
+
+
+# -- the rules, whatever happens in whatever order
+
+
+def broken_rules(vm: SnpVm) -> list[str]:
+    """What is wrong: the RMP has the pages that guest_memfd has prepared, and nothing else; what is
+    mapped as private is assigned, what is mapped as shared is not.
+    """
+    gmem, wrong = vm.backings[0].gmem, []
+    prepared = {i: f.pfn for i, f in vm.guest_memory.pages(gmem).items() if f.prepared}
+    owned = {gpa >> 12: hpa >> 12 for gpa, hpa in vm.owned().items()}
+    if owned != prepared:
+        wrong.append(f"assigned {owned}, prepared {prepared}")
+    root = vm.vm.sps[vm.vcpu(0).root_hpa] if vm.vcpu(0).root_hpa > 0 else None
+    for it in for_each_tdp_pte(vm.vm, root, 0, 16) if root else ():
+        if it.old_spte & SPTE_MMU_PRESENT_MASK and it.level == 1:
+            pfn, private = spte_to_pfn(it.old_spte), vm.vm.attributes.is_private(it.gfn)
+            if (vm.rmp.lookup(pfn) == RmpEntry(vm.asid, it.gfn)) != private:
+                wrong.append(f"gfn {it.gfn:#x} is mapped to pfn {pfn:#x}")
+    return wrong
+
+
+def race(vm: SnpVm, seed: int) -> None:
+    """Two vCPUs use pages while these are converted and punched out, in a random order."""
+    pages = [Write(page * PAGE_SIZE, b"x") for page in range(4)]
+    vm.run(pages)
+    convert = vm.set_memory_attributes_steps(0, 2 * PAGE_SIZE, private=False)
+    schedule = seeded(
+        [
+            vm.run_steps(pages * 2, vcpu=0),
+            vm.run_steps(pages, vcpu=1),
+            vm.host.on_cpu(2, convert),
+            vm.host.on_cpu(3, vm.punch_hole_steps(0, 3 * PAGE_SIZE)),
+        ],
+        seed,
+    )
+    assert [schedule.results[number] for number in (2, 3)] == [0, 0]
+    assert schedule.results[0].ok
+    assert schedule.results[1].ok
+
+
+def racing_vm() -> SnpVm:
+    machine = Machine(memory="1 GiB", lps=4, packages=1)
+    made = machine.create_vm(vm_type=KVM_X86_SNP_VM, vcpus=2, memory=MEMORY)
+    assert isinstance(made, SnpVm)
+    return made
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rmp_follows_guest_memfd_in_every_order(seed: int) -> None:
+    vm = racing_vm()
+    race(vm, seed)
+    assert broken_rules(vm) == []
+
+
+def test_a_hook_that_forgets_breaks_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SnpGmem, "invalidate", lambda *_: None)
+    vm = racing_vm()
+    vm.touch(0)
+    vm.punch_hole(0, PAGE_SIZE)
+    assert len(broken_rules(vm)) == 1
 
 
 # -- its launch, and the types without private memory
