@@ -93,17 +93,20 @@ class Machine(BareMachine, Journalled):
     ) -> Td:
         """A TD with its memory at GPA 0, private and not yet mapped, ready to run.
 
-        vcpus: 1 to 16384. memory: bytes, or such as "64 MiB"; a multiple of 4 KiB. gpaw: None for
-        the machine's. image: firmware, measured and mapped at its place below 4 GiB. accepts: the
-        guest accepts private pages before use. sept_ve_disable: using a page that is not accepted
-        is no #VE for the guest but the TD's death. discards: a conversion throws the other copy of
-        the page away. launch: False leaves `finalize` to the caller.
+        vcpus: 1 to the machine's number of LPs. memory: bytes, or such as "64 MiB"; a multiple of
+        4 KiB. gpaw: None for the machine's. image: firmware, measured and mapped at its place below
+        4 GiB. accepts: the guest accepts private pages before use. sept_ve_disable: using a page
+        that is not accepted is no #VE for the guest but the TD's death. discards: a conversion
+        throws the other copy of the page away. launch: False leaves `finalize` to the caller.
         Refuses values out of range: ValueError; what KVM refuses: IoctlError. The machine is then
         unchanged.
         """
         size = self._memory_size(memory, self.gpaw if gpaw is None else gpaw)
-        if vcpus < 1:
-            raise ValueError(f"{vcpus} vCPUs; a TD that can be built has at least 1")
+        if not 1 <= vcpus <= self.cpu.count:
+            raise ValueError(
+                f"{vcpus} vCPUs; choose 1 to {self.cpu.count}: KVM gives a TD no more vCPUs "
+                "than the machine has LPs"
+            )
         with unchanged_on_failure(self.journal):
             td = Td(
                 self.host,

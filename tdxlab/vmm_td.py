@@ -47,7 +47,7 @@ _WHY_INIT = {
     ENOMEM: "no free page is left; destroy a VM, or build a machine with more memory",
 }
 _WHY_CREATE_VCPU = {
-    EINVAL: "no such vCPU number",
+    EINVAL: "a TD has at most as many vCPUs as the machine has LPs",
     EEXIST: "this vCPU exists",
     EIO: "vCPUs can be created between KVM_TDX_INIT_VM and KVM_TDX_FINALIZE_VM only",
 }

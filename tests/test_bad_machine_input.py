@@ -65,7 +65,12 @@ MISTAKES: dict[str, tuple[Mistake, int | None, tuple[str, ...]]] = {
         None,
         ("128 TiB", "GPAW 48"),
     ),
-    "no vCPU": (lambda s: s.machine.create_td(vcpus=0), None, ("0 vCPUs", "at least 1")),
+    "no vCPU": (lambda s: s.machine.create_td(vcpus=0), None, ("0 vCPUs", "1 to 4")),
+    "more vCPUs than LPs": (
+        lambda s: s.machine.create_td(vcpus=5),
+        None,
+        ("5 vCPUs", "1 to 4", "LPs"),
+    ),
     "TD as a plain VM": (
         lambda s: s.machine.create_vm(vm_type=KVM_X86_TDX_VM),
         None,

@@ -74,6 +74,11 @@ class Tdx(Journalled):
         return self.state == TD_STATE_RUNNABLE
 
     @property
+    def max_vcpus(self) -> int:
+        """No more vCPUs than the host has LPs. Source: tdx.c, tdx_vm_init."""
+        return self.host.hardware.cpu.count
+
+    @property
     def vcpus(self) -> tuple[TdxVcpu, ...]:
         """The VM's vCPUs."""
         return tuple(vcpu for vcpu in self.vm.vcpus if isinstance(vcpu, TdxVcpu))

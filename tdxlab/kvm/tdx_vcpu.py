@@ -32,14 +32,17 @@ from tdxlab.steps import Step
 #: Vector by which a posted interrupt reaches a vCPU in the guest. Source: asm/irq_vectors.h.
 POSTED_INTR_VECTOR = 0xF2
 
+_VCPU_IDS = 1024
 
-def tdx_vcpu_create(tdx: Tdx, vcpu_id: int, *, max_vcpus: int = 1024) -> TdxVcpu | int:
-    """KVM_CREATE_VCPU: no SEAMCALL. vcpu_id: 0 to max_vcpus - 1.
 
-    Returns the vCPU; -EINVAL: no such number; -EEXIST: it exists; -EIO: the TD is not initialised,
-    or is finalized already. Source: kvm_main.c, kvm_vm_ioctl_create_vcpu; tdx.c, tdx_vcpu_create.
+def tdx_vcpu_create(tdx: Tdx, vcpu_id: int) -> TdxVcpu | int:
+    """KVM_CREATE_VCPU: no SEAMCALL. vcpu_id: 0 to 1023.
+
+    Returns the vCPU, or in order: -EINVAL: no such number, or the TD has as many vCPUs as the host
+    has LPs; -EIO: the TD is not initialised, or is finalized already; -EEXIST: it exists.
+    Source: kvm_main.c, kvm_vm_ioctl_create_vcpu; tdx.c, tdx_vcpu_create.
     """
-    if not 0 <= vcpu_id < max_vcpus:
+    if not 0 <= vcpu_id < _VCPU_IDS or len(tdx.vm.vcpus) >= tdx.max_vcpus:
         return -EINVAL
     if tdx.state != TD_STATE_INITIALIZED:
         return -EIO

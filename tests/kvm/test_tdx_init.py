@@ -170,10 +170,17 @@ def test_tdx_vcpu_create_makes_no_seamcall() -> None:
 
 def test_tdx_vcpu_create_refuses_in_order() -> None:
     td = TdScene(vcpus=1)
-    assert tdx_vcpu_create(td.tdx, 4, max_vcpus=4) == -EINVAL
+    assert tdx_vcpu_create(td.tdx, 1024) == -EINVAL
     assert tdx_vcpu_create(td.tdx, 0) == -EEXIST
     td.finalize()
     assert tdx_vcpu_create(td.tdx, 1) == -EIO
+
+
+def test_tdx_vcpu_create_refuses_more_vcpus_than_the_host_has_lps() -> None:
+    td = TdScene(vcpus=4)
+    assert td.machine.cpu.count == 4
+    assert tdx_vcpu_create(td.tdx, 4) == -EINVAL
+    assert len(td.vm.vcpus) == 4
 
 
 def test_tdx_vcpu_create_refuses_before_the_td_exists(host: KvmHost) -> None:
