@@ -163,7 +163,10 @@ def nonsense(vm_type: int, features: VmFeatures, shared_bit: bool) -> tuple[str,
         ("a TD without private memory", is_td and not features.has_private_mem),
         ("a TD whose state is open", is_td and not features.has_protected_state),
         ("a TD without a mirror", is_td and not features.has_mirrored_tdp),
-        ("a mirror, and nothing private", features.has_mirrored_tdp and not features[0]),
+        (
+            "a mirror, and nothing private",
+            features.has_mirrored_tdp and not features.has_private_mem,
+        ),
         ("a mirror, and no shared bit", features.has_mirrored_tdp and not shared_bit),
     )
     return tuple(why for why, broken in rules if broken)
