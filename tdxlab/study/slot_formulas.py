@@ -1,10 +1,14 @@
-"""Deleting a memslot by formula, for sizes that no model goes through entry by entry."""
+"""Deleting a memslot by formula, for sizes that no model goes through entry by entry; and what has
+been published on it.
+"""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from tdxlab import resources
 from tdxlab.arch import PAGE_SIZE
 from tdxlab.sizes import format_size
 from tdxlab.study import slot_costs
@@ -180,3 +184,34 @@ def near(npages: int) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {name}"
     return f"{size / unit:.1f} MiB"
+
+
+# -- published
+
+
+class PublishedRow(NamedTuple):
+    """One published time. policy: as far as its source says it. ms: milliseconds."""
+
+    policy: str
+    vcpus: int
+    memory_gb: int
+    ms: str
+    condition: str
+    source: str
+
+
+def published_rows() -> list[PublishedRow]:
+    """All published times of deleting a memslot that are known here."""
+    path = resources.data() / "published" / "slot_deletion.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            PublishedRow(
+                row["policy"],
+                int(row["vcpus"]),
+                int(row["guest_memory_gb"]),
+                row["value"],
+                row["condition"],
+                row["source"],
+            )
+            for row in csv.DictReader(file)
+        ]

@@ -191,7 +191,9 @@ class SlotLab:
         """
         gate = self.gate(kind)
         if place not in PLACES:
-            raise ValueError(f"no memory is called {place!r}; choose {' or '.join(PLACES)}")
+            raise ValueError(
+                f"no memory is called {place!r}; choose {' or '.join(map(repr, PLACES))}"
+            )
         if not (npages >= 1 and 0 <= first <= MOST_PAGES - npages):
             raise ValueError(f"{npages} pages from page {first} on; choose of 0..{MOST_PAGES - 1}")
         gpa = PLACES[place] + first * PAGE_SIZE
@@ -228,7 +230,7 @@ class SlotLab:
             self._run(gate, 0)
             return ""
 
-        name = SLOT_POLICIES[policy] if policy else "as Linux 6.16 does"
+        name = SLOT_POLICIES.get(policy, policy) if policy else "as Linux 6.16 does"
         return self._perform(kind, f"delete the slot, {name}", play)
 
     def create(self, kind: str, npages: int = MOST_PAGES, *, told: bool = True) -> SlotDeed:

@@ -18,13 +18,13 @@ from tdxlab.study.slot_lab import DEFAULT, MOST_PAGES, PLACES, REST, SLOT, TD, S
 
 # -- what goes and what stays
 
-#: VM and policy -> whether it is what Linux 6.16 does.
+#: VM and policy -> who does it.
 CHOICES: dict[tuple[str, str], str] = {
     (DEFAULT, "F"): "Linux 6.16",
-    (DEFAULT, "T"): "Linux 6.16 with the quirk off",
+    (DEFAULT, "T"): "Linux 6.16, quirk off",
     (TD, "T"): "Linux 6.16",
-    (TD, "F"): "never",
-    (TD, "B"): "a proposal",
+    (TD, "F"): "nobody",
+    (TD, "B"): "nobody yet",
 }
 
 
@@ -36,7 +36,7 @@ class KeptRow(NamedTuple):
 
     vm: str
     policy: str
-    is_it: str
+    done_by: str
     deleted_reads: str
     back_reads: str
     not_told: str
