@@ -229,7 +229,8 @@ class TypeLab:
 
         attribute: the page is private by attribute. private: the guest uses it as private, by what
         its own page tables say, if its type lets them say it. Returns the root that maps it, or how
-        the run ends. The VM is unchanged afterwards.
+        the run ends. The VM is unchanged afterwards. Refuses a type without private memory:
+        IoctlError.
         """
         gate, gpa = self.gate, NEW_PRIVATE * PAGE_SIZE
         with undone(self.machine):
