@@ -247,7 +247,7 @@ class _Bench:
         self._invariants.close()
 
     def play(self, event: Event) -> None:
-        """One event, with its vCPUs running; then the invariants."""
+        """One event, with its vCPUs running; the invariants, if pages were to be taken out."""
         self._note(Op(event.do, event.gfn, event.pages, str(event.running)))
         self._is_over = False
         vcpus = range(1, event.running + 1)
@@ -257,7 +257,7 @@ class _Bench:
         for runner in self._runners:
             self._finish(runner)
         self._runners = []
-        if event.do != TOUCH:
+        if event.do in (SHARED, END):
             self._invariants.check("alive")
 
     def result(self, violation: Violation | None) -> Result:
