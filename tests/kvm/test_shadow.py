@@ -8,7 +8,7 @@ from shadow_scene import EXAMPLE, RWU, Scene
 from tdxlab.kvm.pae_guest import GuestFault, GuestWalk, walk_guest
 from tdxlab.kvm.pae_pdpte import X86_CR0_PG, X86_CR0_WP, X86_CR4_PAE
 from tdxlab.kvm.pae_rules import complaints, quadrants
-from tdxlab.kvm.role import Role
+from tdxlab.kvm.role import ACC_ALL, ACC_USER_MASK, ACC_WRITE_MASK, Role
 from tdxlab.kvm.shadow import (
     guest_store,
     kvm_mmu_invalidate_addr,
@@ -204,6 +204,44 @@ def test_load_syncs_what_a_new_root_finds_when_no_other_request_does(
     assert complaints(scene.vm) == []
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "access", "flush"),
+    [
+        (0x5067, 0x5067, ACC_ALL, False),
+        (0x5067, 0x6067, None, True),
+        (0x5067, 0x5066, None, True),
+        (0x5067, 0x5047, None, True),
+        (0x5067, 0x5067 | 1 << 50, None, True),
+        (0x5067, 0x5027, ACC_ALL & ~ACC_WRITE_MASK, True),
+        (0x5067, 0x5065, ACC_ALL & ~ACC_WRITE_MASK, True),
+        (0x5067, 0x5063, ACC_ALL & ~ACC_USER_MASK, True),
+        (0x5065, 0x5067, ACC_ALL, False),
+    ],
+)
+def test_sync_spte_follows_what_the_guest_wrote(
+    before: int, after: int, access: int | None, flush: bool
+) -> None:
+    scene = mapped(3, leaf=before)
+    scene.access(0x3000)
+    leaf = shadow_leaf(scene.vcpu, 0x3000)
+    scene.guest_put(0x3000, 3, after)
+    (page,) = shadowing(scene.vm, 3)
+    assert sync_page(scene.vcpu, page, []) is flush
+    assert scene.vm.leaves.get(leaf) == (None if access is None else (5, access))
+    assert bool(scene.vm.read(leaf) & 2) is bool((access or 0) & ACC_WRITE_MASK)
+
+
+@pytest.mark.parametrize(("after", "flushes"), [(0x5067, 0), (0x5065, 1)])
+def test_sync_children_flushes_what_a_tlb_could_still_allow(after: int, flushes: int) -> None:
+    scene = mapped(leaf=0x5067)
+    scene.access(0x3000, write=True)
+    scene.guest_put(0x3000, 3, after)
+    before = scene.vm.counts["remote_tlb_flush"]
+    run(set_cr3(scene.vcpu, scene.cr3))
+    assert scene.access(0x3000).kind == OK
+    assert scene.vm.counts["remote_tlb_flush"] - before == flushes
+
+
 def test_sync_page_zaps_what_shadows_another_kind_of_table() -> None:
     scene = mapped()
     scene.access(0x3000)
@@ -228,6 +266,18 @@ def test_sync_children_protects_the_table_again() -> None:
     run(set_cr3(scene.vcpu, scene.cr3))
     scene.access(0x3000)
     assert not scene.vm.read(leaf) & 2
+    assert not any(sp.unsync for sp in scene.vm.sps.values())
+
+
+def test_sync_children_lets_no_table_out_of_sync_that_it_brings_into_line() -> None:
+    scene = mapped()
+    scene.put(0x3000, 9, 0x3065)
+    scene.access(0x9000)
+    assert scene.guest_put(0x3000, 9, 0x3067) == "direct"
+    run(set_cr3(scene.vcpu, scene.cr3))
+    scene.access(0x3000)
+    assert scene.vm.leaves[shadow_leaf(scene.vcpu, 0x9000)] == (3, ACC_ALL)
+    assert not scene.vm.read(shadow_leaf(scene.vcpu, 0x9000)) & 2
     assert not any(sp.unsync for sp in scene.vm.sps.values())
 
 
