@@ -225,11 +225,12 @@ def __kvm_mmu_faultin_pfn(vcpu: Vcpu, fault: PageFault, slot: Slot) -> int:
     Source: kvm_mmu_faultin_pfn, the second half, and __kvm_mmu_faultin_pfn. Differs: a lookup holds
     no reference to the page, since a page that goes away makes the fault stale.
     """
+    vm, seq = vcpu.vm, fault.mmu_seq
     faultin = kvm_mmu_faultin_pfn_private if fault.is_private else kvm_mmu_faultin_pfn_shared
     ret = faultin(vcpu, fault, slot)
-    if ret == RET_PF_CONTINUE and mmu_invalidate_retry_gfn_unsafe(
-        vcpu.vm, fault.mmu_seq, fault.gfn
-    ):
+    if not vm.mmu_invalidate_in_progress and vm.mmu_invalidate_seq == seq:
+        return ret
+    if ret == RET_PF_CONTINUE and mmu_invalidate_retry_gfn_unsafe(vm, seq, fault.gfn):
         return RET_PF_RETRY
     return ret
 

@@ -156,8 +156,8 @@ class GuestMemfds(Journalled):
             return place
         words = self._folios.words
         word = words.view[place] or self._new_folio()
-        if word < 0:
-            return word
+        if word < 0 or word & POISONED:
+            return word if word < 0 else -EHWPOISON
         if not word & PREPARED:
             self.vm.memory.write_page(word & FOLIO_HPA, ZERO_PAGE, 0)
             if self.arch is not None:
@@ -230,8 +230,8 @@ class GuestMemfds(Journalled):
         if place < 0:
             return place
         word = words.view[place] or self._new_folio()
-        if word < 0:
-            return word
+        if word < 0 or word & POISONED:
+            return word if word < 0 else -EHWPOISON
         if word & PREPARED:
             return -EEXIST
         words.put(place, word)
@@ -347,8 +347,7 @@ class GuestMemfds(Journalled):
         else:
             self.vm.warn(f"__kvm_gmem_get_pfn: no slot is bound to page {index} of file {gmem}")
             return -EIO
-        place = self._folios.place(gmem, index)
-        return -EHWPOISON if self._folios.words.view[place] & POISONED else place
+        return self._folios.place(gmem, index)
 
     def _new_folio(self) -> int:
         """The FolioWord of a page that is in no file yet, -ENOMEM without one."""

@@ -109,12 +109,30 @@ class HostPages(Journalled):
 
     def alloc_page(self, use: str) -> int:
         """HPA of a free 4 KiB page, or NO_PAGE."""
-        hpa = self._take()
+        hpa, counts = self.last_returned, self.counts
         if hpa != NO_PAGE:
-            self.uses.cells[hpa >> PAGE_SHIFT] = self._numbers.get(use) or self._new_use(use)
-            counts = self.counts
-            counts.cells[PAGES_OUT] = counts.view[PAGES_OUT] + 1
+            before = self.returned_before.view[hpa >> PAGE_SHIFT]
+            self.last_returned = NO_PAGE if before == MASK64 else before
+        else:
+            hpa = self._take_untouched()
+            if hpa == NO_PAGE:
+                return hpa
+        self.uses.cells[hpa >> PAGE_SHIFT] = self._numbers.get(use) or self._new_use(use)
+        counts.cells[PAGES_OUT] = counts.view[PAGES_OUT] + 1
         return hpa
+
+    def _take_untouched(self) -> int:
+        """HPA of the next page that was never handed out, or NO_PAGE."""
+        counts, regions = self.counts, self.regions
+        while self._region < len(regions):
+            base, size = regions[self._region]
+            used = counts.view[_NEXT]
+            if used < size:
+                counts.cells[_NEXT] = used + PAGE_SIZE
+                return base + used
+            self._region += 1
+            counts.cells[_NEXT] = 0
+        return NO_PAGE
 
     def _new_use(self, use: str) -> int:
         """The number of a use that was not met yet."""
@@ -180,20 +198,3 @@ class HostPages(Journalled):
         """
         self._end_use(hpa)
         self.leaked.put(hpa, why)
-
-    def _take(self) -> int:
-        hpa = self.last_returned
-        if hpa != NO_PAGE:
-            before = self.returned_before.view[hpa >> PAGE_SHIFT]
-            self.last_returned = NO_PAGE if before == MASK64 else before
-            return hpa
-        counts = self.counts
-        while self._region < len(self.regions):
-            base, size = self.regions[self._region]
-            used = counts.view[_NEXT]
-            if used < size:
-                counts.cells[_NEXT] = used + PAGE_SIZE
-                return base + used
-            self._region += 1
-            counts.cells[_NEXT] = 0
-        return NO_PAGE

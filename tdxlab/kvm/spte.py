@@ -37,7 +37,14 @@ from tdxlab.arch import (
 )
 from tdxlab.bits import MASK64, Bits, Word
 from tdxlab.kvm.params import MmuParams
-from tdxlab.kvm.role import ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, AD_DISABLED, GUEST_MODE
+from tdxlab.kvm.role import (
+    ACC_ALL,
+    ACC_EXEC_MASK,
+    ACC_USER_MASK,
+    ACC_WRITE_MASK,
+    AD_DISABLED,
+    GUEST_MODE,
+)
 
 if TYPE_CHECKING:
     from tdxlab.kvm.vm import Vm
@@ -117,6 +124,8 @@ class Masks:
     def __init__(self, params: MmuParams) -> None:
         self.address = HPA_MASK
         self.present = EPT_SUPPRESS_VE | (0 if params.execute_only else EPT_READ)
+        #: by ACC_* bits: what every leaf has, and what lets the guest read and fetch
+        self.leaf = tuple(self._leaf(access) for access in range(ACC_ALL + 1))
         self.mmio_value = MMIO_MISCONFIG_VALUE if params.mmio_caching else 0
         self.mmio_mask = EPT_SUPPRESS_VE | EPT_RWX
         self.mmio_caching = params.mmio_caching
@@ -127,6 +136,11 @@ class Masks:
             low_bits = params.maxphyaddr - _L1TF_BITS
             self.nonpresent_or_rsvd = (1 << params.maxphyaddr) - (1 << low_bits)
         self.lower_gfn = (1 << low_bits) - (1 << PAGE_SHIFT)
+
+    def _leaf(self, access: int) -> int:
+        execute = EPT_EXECUTE if access & ACC_EXEC_MASK else 0
+        read = EPT_READ if access & ACC_USER_MASK else 0
+        return self.present | SPTE_MMU_PRESENT_MASK | execute | read
 
 
 # -- predicates, on raw words
@@ -264,16 +278,14 @@ def make_spte(
     Source: spte.c, make_spte. Differs: dirty logging of the gfn is the caller's; nothing here
     shadows guest tables, so no gfn is write-protected for that (the result "wrprot" is never true).
     """
-    low = memory_type(vm, pfn) if prefetch else memory_type(vm, pfn) | ACCESSED_MASK
+    spte = memory_type(vm, pfn) | pfn << PAGE_SHIFT
+    if not prefetch:
+        spte |= ACCESSED_MASK
     if role & 0xF > 1:
-        low |= PT_PAGE_SIZE_MASK
+        spte |= PT_PAGE_SIZE_MASK
         if vm.params.nx_huge_pages:
             access &= ~ACC_EXEC_MASK
-    if access & ACC_EXEC_MASK:
-        low |= EPT_EXECUTE
-    if access & ACC_USER_MASK:
-        low |= EPT_READ
-    spte = vm.masks.present | SPTE_MMU_PRESENT_MASK | low | pfn << PAGE_SHIFT
+    spte |= vm.masks.leaf[access]
     if role & AD_DISABLED:
         spte |= SPTE_TDP_AD_DISABLED
     elif role & GUEST_MODE and vm.config.dirty_log_size:

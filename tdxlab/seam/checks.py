@@ -36,6 +36,8 @@ from tdxlab.seam import sept
 from tdxlab.seam.call import Call, ModuleFatal, Refused
 from tdxlab.seam.epochs import is_tracked
 from tdxlab.seam.locks import (
+    CONTENDED,
+    HP_READER,
     release_exclusive,
     release_shared,
     release_shared_hp,
@@ -130,7 +132,10 @@ def open_tdcs(call: Call, td: Td, lock: bool = True) -> None:
     td.tdcs = tdcs = memory.frames[hpa]
     if lock:
         index = tdcs + _OP_STATE_LOCK
-        if not try_shared_hp(words, index):
+        word = view[index]
+        if not word & CONTENDED:
+            words.cells[index] = word + HP_READER
+        elif not try_shared_hp(words, index):
             raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_OP_STATE)
         call.locks.append((release_shared_hp, words, index))
     if view[tdcs + _OP_STATE] not in OP_STATE_ACCEPTS[call.leaf]:
@@ -187,13 +192,9 @@ def lock_sept_tree(call: Call, td: Td, exclusive: bool = False) -> None:
     """Take the lock of the TD's whole S-EPT. Refuses: OPERAND_BUSY with operand SEPT_TREE."""
     words = call.module.memory.words
     index = td.tdcs + _SEPT_LOCK
-    if exclusive:
-        taken, release = try_exclusive(words, index), release_exclusive
-    else:
-        taken, release = try_shared(words, index), release_shared
-    if not taken:
+    if not (try_exclusive if exclusive else try_shared)(words, index):
         raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_SEPT_TREE)
-    call.locks.append((release, words, index))
+    call.locks.append((release_exclusive if exclusive else release_shared, words, index))
 
 
 def walk_sept(call: Call, td: Td, gpa: int, sept_level: int) -> sept.Place:
@@ -250,8 +251,7 @@ def require_sept_state(
     """The entry is in a state that this leaf goes on with; returns its state bits. Refuses, with
     RCX and details: `status`.
     """
-    _, _, septe = place
-    bits = septe & SEPT_STATE_MASK
+    bits = place.septe & SEPT_STATE_MASK
     if bits not in SEPT_ACCEPTS[call.leaf]:
         refuse_entry(status + OPERAND_ID_RCX, place)
     return bits
@@ -269,8 +269,7 @@ def require_tracked(call: Call, td: Td, place: sept.Place, entry: int) -> None:
     Refuses, with RCX: GPA_RANGE_NOT_BLOCKED, details; TLB_TRACKING_NOT_DONE, no details.
     Source: helpers.h, is_tlb_tracked; the bodies of the leaves.
     """
-    _, _, septe = place
-    state = SEPT_STATE_BY_BITS[septe & SEPT_STATE_MASK]
+    state = SEPT_STATE_BY_BITS[place.septe & SEPT_STATE_MASK]
     if not state.tracked or not tracking_applies(call, td):
         return
     if not state.blocked:
@@ -318,8 +317,7 @@ def begin_entry(
         raise Refused(INVALID_RCX)
     lock_sept_tree(call, td, exclusive)
     place = sept.walk(memory, eptp, gpa, sept_level)
-    _, reached, _ = place
-    if reached != sept_level:
+    if place.sept_level != sept_level:
         refuse_entry(TDX_EPT_WALK_FAILED + OPERAND_ID_RCX, place)
     return gpa, lock_septe(call, place)
 
