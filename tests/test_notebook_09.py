@@ -15,7 +15,7 @@ from tdxlab.study.exercises import Variant
 from tdxlab.study.exercises_09 import EXERCISES
 from tdxlab.study.panel_slot import SlotPanel
 from tdxlab.study.slot_lab import DEFAULT, SlotLab
-from tests.notebook_cells import changed_cells, code_cells, run_all
+from tests.notebook_cells import changed_among, changed_cells, code_cells, run_all
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "09-deleting-a-memslot.ipynb"
 WIDTHS = pytest.mark.parametrize("gpaw", [48, 52])
@@ -222,15 +222,28 @@ def test_seeds_give_variants_and_each_is_reproducible(number: str) -> None:
 # -- the notebook's cells, run in this process
 
 
+_TABLES = ("kept_rows", "bill_rows", "yield_rows", "level_rows", "beside_rows")
+_ONCE = {name: cache(getattr(slot_tables, name)) for name in _TABLES}
+
+
 @pytest.fixture(autouse=True)
 def _at_gpaw_48(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TDXLAB_GPAW", raising=False)
 
 
+@pytest.fixture
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables that take longest are made once for all tests that damage nothing."""
+    for name, table in _ONCE.items():
+        monkeypatch.setattr(slot_tables, name, table)
+
+
+@pytest.mark.usefixtures("measured_once")
 def test_cells_show_what_is_saved() -> None:
     assert changed_cells(PATH) == []
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_cells_can_be_run_twice_and_solutions_are_right() -> None:
     shown = run_all(PATH, times=2)
     solutions = [text for name, text in shown.items() if name.endswith("-solution")]
@@ -275,8 +288,14 @@ def test_damage_turns_its_cell_red(damages: list[Any], monkeypatch: pytest.Monke
     exercises.made.cache_clear()
     for where, name, damage, _ in damages:
         monkeypatch.setattr(where, name, damage)
-    assert {expected for *_, expected in damages} <= set(changed_cells(PATH))
+    expected = {name for *_, name in damages}
+    ran = [cell.id for cell in code_cells(PATH) if cell.id in expected | _NEEDED]
+    assert expected <= set(changed_among(PATH, ran))
     exercises.made.cache_clear()
+
+
+#: Cells that others need.
+_NEEDED = {"parameters", "imports", "panel", "panel-drive"}
 
 
 def test_a_check_that_accepts_everything_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
