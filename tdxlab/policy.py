@@ -171,33 +171,15 @@ class ZapHost:
         """TDH.MEM.RANGE.BLOCK: no new translation. level: 1 for the page; 2 for the 2 MiB that
         begin at `gfn`, all of which must lie in the range. Returns SUCCESS.
         """
+        self._require("BLOCK", gfn, level)
         if level == 1:
-            self._require_page("BLOCK", gfn)
             self._set_mirror(gfn, is_blocked=True)
-        else:
-            self._require_region("BLOCK", gfn, level)
-        answer = self._about(gfn, "BLOCK", level, tdh_mem_range_block)
-        if level > 1:
-            self._regions.add((gfn, level))
-        else:
-            self._blocked += 1
-        tally = self._around.tally
-        tally.most_blocked = max(tally.most_blocked, self._blocked)
-        return answer
+        return self._about(gfn, "BLOCK", level, tdh_mem_range_block)
 
     def unblock(self, gfn: int, level: int = 1) -> str:
         """TDH.MEM.RANGE.UNBLOCK, of what was blocked and tracked. Returns SUCCESS or a wait."""
-        if level == 1:
-            self._require_page("UNBLOCK", gfn)
-        else:
-            self._require_region("UNBLOCK", gfn, level)
-        answer = self._about(gfn, "UNBLOCK", level, tdh_mem_range_unblock)
-        if answer == SUCCESS and level > 1:
-            self._regions.discard((gfn, level))
-        elif answer == SUCCESS:
-            self._set_mirror(gfn, is_blocked=False)
-            self._blocked -= 1
-        return answer
+        self._require("UNBLOCK", gfn, level)
+        return self._about(gfn, "UNBLOCK", level, tdh_mem_range_unblock)
 
     def track(self) -> str:
         """TDH.MEM.TRACK: the TD's next TLB epoch begins. Returns SUCCESS or a wait."""
@@ -217,17 +199,12 @@ class ZapHost:
 
     def remove(self, gfn: int) -> str:
         """TDH.MEM.PAGE.REMOVE of a page that is blocked and tracked. Returns SUCCESS or a wait."""
-        self._require_page("REMOVE", gfn)
-        answer = self._about(gfn, "REMOVE", 1, tdh_mem_page_remove)
-        if answer == SUCCESS:
-            self._blocked -= 1
-            self._around.tally.pages += 1
-            self._store(gfn, SHADOW_NONPRESENT_VALUE)
-        return answer
+        self._require("REMOVE", gfn)
+        return self._about(gfn, "REMOVE", 1, tdh_mem_page_remove)
 
     def writeback(self, gfn: int) -> str:
         """TDH.PHYMEM.PAGE.WBINVD: write the page's lines in the caches back. Returns SUCCESS."""
-        self._require_page("WRITEBACK", gfn)
+        self._require("WRITEBACK", gfn)
         tdx, hpa = self._tdx, self._pfn(gfn) << PAGE_SHIFT
         make = lambda: tdh_phymem_page_wbinvd_hkid(tdx.host, tdx.hkid, hpa)  # noqa: E731
         return self._seamcall(Op("WRITEBACK", gfn, 1, ""), make)
@@ -264,10 +241,29 @@ class ZapHost:
         op, before = op._replace(answer=word), self._last.get(op.gfn)
         if word in WAITS:
             self._around.tally.retries += 1
+        elif word == SUCCESS:
+            self._take_effect(op)
         self._end(op)
         if word != SUCCESS and word not in WAITS:
             raise Stopped(_refused(op, status, before))
         return word
+
+    def _take_effect(self, op: Op) -> None:
+        """What a call that succeeded means for the mirror and the books."""
+        name, gfn, level, _ = op
+        tally = self._around.tally
+        if level > 1:
+            (self._regions.add if name == "BLOCK" else self._regions.discard)((gfn, level))
+        elif name == "BLOCK":
+            self._blocked += 1
+            tally.most_blocked = max(tally.most_blocked, self._blocked)
+        elif name == "UNBLOCK":
+            self._blocked -= 1
+            self._set_mirror(gfn, is_blocked=False)
+        elif name == "REMOVE":
+            self._blocked -= 1
+            tally.pages += 1
+            self._store(gfn, SHADOW_NONPRESENT_VALUE)
 
     def _until_not_busy(self, name: str, make: Callable[[], Steps[T]]) -> Steps[T]:
         tally = self._around.tally
@@ -326,22 +322,18 @@ class ZapHost:
 
     # -- what must hold
 
-    def _require_page(self, name: str, gfn: int) -> None:
-        if gfn not in self._entries:
-            raise Stopped(
-                Violation("scope", f"{name} of gfn {gfn!r}, which is not among the zap's pages")
-            )
-
-    def _require_region(self, name: str, gfn: int, level: int) -> None:
+    def _require(self, name: str, gfn: int, level: int = 1) -> None:
+        """The call is about a page of the zap, or about a region all of which is in its range."""
         size = pages_per_level(2)
-        if level != 2 or gfn % size or gfn < self.start or gfn + size > self.end:
-            raise Stopped(
-                Violation(
-                    "scope",
-                    f"{name} of gfn {gfn:#x} at level {level}: level 2 wants {size} gfns in a row "
-                    f"in {self.start:#x}..{self.end - 1:#x}, the first a multiple of {size}",
-                )
+        if level == 1 and gfn not in self._entries:
+            text = f"{name} of gfn {gfn!r}, which is not among the zap's pages"
+            raise Stopped(Violation("scope", text))
+        if level != 1 and (level != 2 or gfn % size or gfn < self.start or gfn + size > self.end):
+            text = (
+                f"{name} of gfn {gfn:#x} at level {level}: level 2 wants {size} gfns in a row in "
+                f"{self.start:#x}..{self.end - 1:#x}, the first a multiple of {size}"
             )
+            raise Stopped(Violation("scope", text))
 
     def _left(self) -> str:
         """How many pages are not out yet, in words."""

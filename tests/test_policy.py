@@ -94,7 +94,7 @@ def test_run_finds_the_end_of_a_td_without_its_pages() -> None:
         None,
         10,
         2,
-    )  # with the vCPU's own page
+    )
 
 
 def test_patient_sends_no_ipi_where_vcpus_leave_and_kicks_where_they_do_not() -> None:
