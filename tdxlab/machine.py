@@ -138,10 +138,12 @@ class Machine(BareMachine, Journalled):
     ) -> PlainVm:
         """A VM that is no TD, with its memory at GPA 0 (private if its type has private memory).
 
-        vm_type: KVM_X86_*_VM, all but TDX. config: for more than the type; None for the defaults.
-        launch: for an SNP VM (an `SnpVm`); False leaves `launch_finish` to the caller. The rest as
-        for `create_td`.
+        vm_type: KVM_X86_*_VM, all but TDX. vcpus: 0 to 1024. config: for more than the type; None
+        for the defaults. launch: for an SNP VM (an `SnpVm`); False leaves `launch_finish` to the
+        caller. The rest as for `create_td`.
         """
+        if vcpus < 0:
+            raise ValueError(f"{vcpus} vCPUs; choose 0 to 1024")
         size = self._memory_size(memory, 48)
         config = config or VmConfig(vm_type=vm_type)
         with unchanged_on_failure(self.journal):
@@ -196,6 +198,10 @@ class Machine(BareMachine, Journalled):
     def tables(self, vm: Gate) -> dict[str, accounts.Levels]:
         """Occupancy of a VM's page tables: tree ("mirror", "external", "direct") -> name of a level
         ("4K" for the tables of 4 KiB entries) -> tables, entries, bytes.
+
+        Refuses a VM of another machine: ValueError.
         """
+        if vm.host is not self.host:
+            raise ValueError(f"{vm!r} is a VM of another machine; ask that one")
         tdr = vm.tdr if isinstance(vm, Td) else None
         return accounts.tables(self, vm.vm, tdr)

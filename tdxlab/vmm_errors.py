@@ -59,6 +59,8 @@ def why_region(
     for name, value in values.items():
         if value % PAGE_SIZE:
             return _not_pages(name, value)
+    if not 0 <= slot >> 16 < vm.slots.spaces:
+        return f"slot {slot:#x} is in address space {slot >> 16}; this VM has {vm.slots.spaces}"
     if not 0 <= size >> PAGE_SHIFT <= MAX_NR_PAGES:
         return f"{size:#x} bytes; a slot has at most {MAX_NR_PAGES << PAGE_SHIFT:#x}, use several"
     found = vm.slots.by_id(slot & 0xFFFF, slot >> 16)
@@ -66,8 +68,8 @@ def why_region(
         return f"there is no slot {slot} to delete"
     if found is not None and (found.can_be_private or found.npages != size >> PAGE_SHIFT):
         return f"slot {slot} exists; it can only be deleted (size 0) and created again"
-    if hva + size > USER_LIMIT:
-        return f"HVAs from {hva:#x} on are not all below {USER_LIMIT:#x}, where processes end"
+    if hva < 0 or hva + size > USER_LIMIT:
+        return f"HVAs from {hva:#x} on are not all from 0 to {USER_LIMIT:#x}, where processes end"
     return _why_range(vm, slot, gpa, size, flags, gmem, gmem_offset)
 
 
@@ -104,7 +106,7 @@ def why_attributes(vm: Vm, gpa: int, size: int) -> str:
     for name, value in {"GPA": gpa, "size": size}.items():
         if value % PAGE_SIZE:
             return _not_pages(name, value)
-    return f"{size:#x} bytes at GPA {gpa:#x}: give at least a page, below 2^64"
+    return f"{size:#x} bytes at GPA {gpa:#x}: give at least a page, from 0 on and below 2^64"
 
 
 def why_punch(gmem: int, offset: int, size: int) -> str:

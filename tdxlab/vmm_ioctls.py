@@ -14,6 +14,7 @@ from errno import EBADF, EIO
 from typing import Any, NamedTuple
 
 from tdxlab import steps
+from tdxlab.accesses import pages_of
 from tdxlab.arch import PAGE_SIZE
 from tdxlab.guest import Guest
 from tdxlab.journal import Field, Fields, Journal, Journalled
@@ -289,15 +290,18 @@ class Ioctls(Journalled):
         return ", ".join(f"{b.gpa:#x}..{b.end - 1:#x}" for b in self.backings) or "none"
 
     def read_shared(self, gpa: int, size: int) -> bytes:
-        """What the VMM sees at these GPAs of one page: its own mapping, the guest's shared memory.
+        """What the VMM sees at these GPAs: its own mapping, the guest's shared memory.
 
         Refuses GPAs without memory: ValueError.
         """
-        return self.user_memory.read(self._hva(gpa, size), size)
+        hva = self._hva(gpa, size)
+        return b"".join(self.user_memory.read(*piece) for piece in pages_of(hva, size))
 
     def write_shared(self, gpa: int, data: bytes) -> None:
         """As `read_shared`, the other way."""
-        self.user_memory.write(self._hva(gpa, len(data)), data)
+        hva = self._hva(gpa, len(data))
+        for start, length in pages_of(hva, len(data)):
+            self.user_memory.write(start, data[start - hva : start - hva + length])
 
     def _hva(self, gpa: int, size: int) -> int:
         backing = self.backing_of(gpa & ~self.guest.shared_mask, size)

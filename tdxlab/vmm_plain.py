@@ -154,7 +154,7 @@ class PlainVm(Gate):
     ) -> RunResult:
         """The VMM converts the memory itself: the guest has nothing to ask with.
 
-        Refuses as `Gate.convert`, and a VM without private memory: IoctlError.
+        Refuses as `Gate.convert`; to="private" in a VM without private memory: IoctlError.
         """
         size = parse_size(size)
         self.require_convertible(gpa, size, to)

@@ -107,6 +107,31 @@ MISTAKES: dict[str, tuple[Mistake, int | None, tuple[str, ...]]] = {
         errno.EINVAL,
         ("slot 0 cannot become that", "delete it"),
     ),
+    "slot below all HVAs": (
+        lambda s: region(s.td, MEMORY, PAGE_SIZE, hva=-PAGE_SIZE),
+        errno.EINVAL,
+        ("HVAs from -0x1000 on",),
+    ),
+    "slot in an address space that a TD does not have": (
+        lambda s: region(s.td, MEMORY, PAGE_SIZE, slot=1 << 16 | 3),
+        errno.EINVAL,
+        ("slot 0x10003", "address space 1", "this VM has 1"),
+    ),
+    "private memory below GPA 0": (
+        lambda s: s.td.set_memory_attributes(-PAGE_SIZE, PAGE_SIZE, private=True),
+        errno.EINVAL,
+        ("GPA -0x1000", "from 0 on"),
+    ),
+    "a negative number of vCPUs": (
+        lambda s: s.machine.create_vm(vcpus=-1),
+        None,
+        ("-1 vCPUs", "0 to 1024"),
+    ),
+    "tables of a TD of another machine": (
+        lambda s: Machine(memory="1 GiB").tables(s.td),
+        None,
+        ("TD 1", "another machine"),
+    ),
     "slot at an odd HVA": (
         lambda s: region(s.td, MEMORY, PAGE_SIZE, hva=0x1001),
         errno.EINVAL,

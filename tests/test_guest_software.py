@@ -121,6 +121,17 @@ def test_shared_memory_is_the_vmms_memory(td: Td) -> None:
     assert td.read_shared(0x1FFE, 2) + td.read_shared(0x2000, 12) == b"from the guest"
 
 
+def test_read_shared_follows_the_pages_wherever_they_lie(td: Td) -> None:
+    td.convert(0, SIZE_2M, to="shared")
+    td.write(0x5000, b"later")  # pages are allocated on first use: this one before the next
+    td.write(0x4FFE, b"so")
+    assert td.read_shared(0x4FFE, 7) == b"solater"
+    td.write_shared(0x4FFC, b"host's")
+    assert td.read(0x4FFC, 9).answers == (b"host'ster",)
+    with pytest.raises(ValueError, match="more than one page"):
+        td.user_memory.read(td.backings[0].hva + 0x4FFE, 7)
+
+
 def test_a_shared_gpa_without_a_slot_is_a_device(td: Td) -> None:
     gpa = 0xFEC0_0000
     result = td.run([Read(shared(td, gpa), 4), Write(shared(td, gpa), b"\x12\x34")])

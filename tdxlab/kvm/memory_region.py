@@ -135,8 +135,8 @@ def is_region_valid(vm: Vm, new: Slot) -> bool:
     return (
         are_flags_valid(vm, new.flags)
         and not new.userspace_addr & PAGE_OFFSET_MASK
-        and new.userspace_addr + size <= USER_LIMIT
-        and (new.gmem_pgoff << PAGE_SHIFT) + size < _U64
+        and 0 <= new.userspace_addr <= USER_LIMIT - size
+        and 0 <= (new.gmem_pgoff << PAGE_SHIFT) + size < _U64
         and 0 <= new.as_id < vm.slots.spaces
         and 0 <= new.slot_id < KVM_USER_MEM_SLOTS
         and 0 <= new.base_gfn << PAGE_SHIFT < _U64 - size

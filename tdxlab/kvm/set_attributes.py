@@ -45,7 +45,7 @@ def kvm_vm_ioctl_set_mem_attributes(
     """
     if flags or attributes & ~kvm_supported_mem_attributes(vm):
         return finished(-EINVAL)
-    if size == 0 or address + size >= _ADDRESS_LIMIT:
+    if size <= 0 or not 0 <= address < _ADDRESS_LIMIT - size:
         return finished(-EINVAL)
     if (address | size) & PAGE_OFFSET_MASK:
         return finished(-EINVAL)

@@ -158,14 +158,19 @@ class ProcessMemory(Journalled):
     # -- what the process itself does
 
     def write(self, hva: int, data: bytes) -> None:
-        """Store bytes of one 4 KiB page. Refuses where nothing is mapped: ValueError."""
-        self.vm.memory.write(self._hpa(hva, write=True), data)
+        """Store bytes of one 4 KiB page. Refuses more, and where nothing is mapped: ValueError."""
+        self.vm.memory.write(self._hpa(hva, len(data), write=True), data)
 
     def read(self, hva: int, size: int) -> bytes:
-        """Bytes of one 4 KiB page. Refuses where nothing is mapped: ValueError."""
-        return self.vm.memory.read(self._hpa(hva, write=False), size)
+        """Bytes of one 4 KiB page. Refuses more, and where nothing is mapped: ValueError."""
+        return self.vm.memory.read(self._hpa(hva, size, write=False), size)
 
-    def _hpa(self, hva: int, *, write: bool) -> int:
+    def _hpa(self, hva: int, size: int, *, write: bool) -> int:
+        if hva % PAGE_SIZE + size > PAGE_SIZE:
+            raise ValueError(
+                f"{size:#x} bytes at {hva:#x} lie in more than one page of {PAGE_SIZE:#x} bytes; "
+                "take one page after the other"
+            )
         page = self.fault_in(hva, write=write)
         if page is None:
             raise ValueError(f"the process has no memory for this at {hva:#x}; mmap it first")
