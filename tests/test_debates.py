@@ -9,11 +9,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from tdxlab.kvm import fault, memory_region, tdp_iter, tdp_mmu, tdp_set, zap
 from tdxlab.kvm.locks import MmuLock
 from tdxlab.kvm.vm import Vm
 from tdxlab.study import (
+    debates,
     debates_faults,
     debates_gfns,
     debates_limits,
@@ -24,7 +26,8 @@ from tdxlab.study import (
     debates_zaps,
 )
 from tdxlab.study.debate_tools import substituted
-from tdxlab.study.debates import DEBATES, Experiment, debate, debate_rows
+from tdxlab.study.debates import DEBATES, Experiment, debate, debate_rows, verdict_rows
+from tdxlab.study.debates_plots import plot_rounds
 
 GPAWS = (48, 52)
 
@@ -125,6 +128,20 @@ def test_debates_leave_linux_as_it_was() -> None:
         debate(name)
     owners = (fault, memory_region, tdp_iter, tdp_mmu, tdp_set, zap, MmuLock, Vm)
     assert [dict(vars(owner)) for owner in owners] == before
+
+
+def test_verdict_rows_say_what_each_debate_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(debates, "debate", run_of)
+    assert [row.verdict for row in verdict_rows()] == [run_of(name).verdict for name in DEBATES]
+
+
+def test_plot_rounds_draws_a_bar_for_each_protocol_and_number_of_vcpus() -> None:
+    rows = rows_of("D15")
+    ax = plot_rounds(rows, Figure().subplots())
+    assert [bar.get_width() for bar in ax.patches] == [row.rounds for row in rows]
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels[:2] == ["F freeze, 1", "F freeze, 2"]
+    assert ax.get_xlabel() == "rounds"
 
 
 # -- the number that matters in each

@@ -10,7 +10,15 @@ import pytest
 
 from tdxlab.kvm import memory_region
 from tdxlab.kvm.rmp import SnpGmem
-from tdxlab.study import check, exercises, panel_vmtype, vmtype_ways
+from tdxlab.study import (
+    check,
+    debates_gfns,
+    debates_protocols,
+    debates_zaps,
+    exercises,
+    panel_vmtype,
+    vmtype_ways,
+)
 from tdxlab.study.exercises_13 import EXERCISES
 from tdxlab.study.panel_vmtype import TypePanel
 from tdxlab.study.vmtype_lab import NAMES
@@ -29,6 +37,10 @@ WRONG: dict[str, list[Any]] = {
     "13.2": ["mirror", "direct", "memory fault", "both", 7],
     "13.3": [(0, 0), (4, 4, 4), (2, 2, 2), 3],
     "13.4": [set(), {"has_private_mem", "has_mirrored_tdp"}, {"x"}, ["has_private_mem"], 4],
+    "13.5": [0x12345, 0x12345000, 0, "0x12345"],
+    "13.6": [(512, 512, 512), (2048, 512, 512), (2048, 1544, 0), 2048],
+    "13.7": [(0, 3), (2, 2), (3, 1), 3],
+    "13.8": [("created", 1), ("TD refused", 2), ("lost", 0), ("created", 4), "created"],
 }
 
 
@@ -196,6 +208,9 @@ def test_damage_turns_its_cell_red(monkeypatch: pytest.MonkeyPatch) -> None:
         (panel_vmtype, "pages_svg", lambda lab: "<svg></svg>", "panel"),
         (TypePanel, "_build", lambda self: None, "panel-drive"),
         (vmtype_ways, "wrong_answers", lambda *_: (), "ways-run"),
+        (debates_gfns, "mark_page_dirty_in_slot", lambda *_: None, "gfn-run"),
+        (debates_zaps, "status_in", lambda _: "nothing", "atomic-run"),
+        (debates_protocols, "VCPUS", (1, 2), "protocol-plot"),
     ]
     for where, name, damage, _ in damages:
         monkeypatch.setattr(where, name, damage)

@@ -103,6 +103,20 @@ def debate_rows() -> list[DebateRow]:
     return [DebateRow(name, found.title) for name, found in DEBATES.items()]
 
 
+class VerdictRow(NamedTuple):
+    """One debate and what came out."""
+
+    debate: str
+    title: str
+    verdict: str
+
+
+def verdict_rows(gpaw: int = 48) -> list[VerdictRow]:
+    """Every debate, run."""
+    found = [debate(name, gpaw) for name in DEBATES]
+    return [VerdictRow(one.name, one.title, one.verdict) for one in found]
+
+
 #: Name -> debate, in the order of the list that the reviews make.
 DEBATES: Mapping[str, Debate] = {
     "D1": Debate(

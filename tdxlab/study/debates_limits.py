@@ -69,9 +69,9 @@ LIMIT_RULES: dict[str, LimitRule] = {
     "last gfn has no direct bit": LimitRule(_last_gfn_is_plain, False, _host_limit),
 }
 
-#: Place of a slot -> its first gfn, relative to the shared bit's; all have that many pages.
-PLACES = {"below": -4, "across": -2, "above": 0}
-_SLOT_PAGES = 4
+#: (place of a slot, its first gfn, counted from the shared bit's); and the pages that each has.
+_PLACES = (("below", -4), ("across", -2), ("above", 0))
+SLOT_PAGES = 4
 
 
 class LimitRow(NamedTuple):
@@ -93,39 +93,71 @@ class LimitRow(NamedTuple):
     missed: int
 
 
+class Fate(NamedTuple):
+    """What became of a slot. outcome: "created"; "refused"; "TD refused": the slot was created, and
+    the TD then not initialised. lost: pages of it that no access reaches; stopped: accesses that
+    the fault path refused.
+    """
+
+    outcome: str
+    lost: int = 0
+    stopped: int = 0
+
+
+CREATED, REFUSED, TD_REFUSED = "created", "refused", "TD refused"
+
+
 def limit_rows(gpaw: int) -> list[LimitRow]:
     """D9: the same slots under each rule."""
     machine = Machine(gpaw=gpaw, memory="1 GiB", lps=2, packages=1)
     return [_limit_row(machine, name) for name in LIMIT_RULES]
 
 
-class _Kept(NamedTuple):
-    """What became of the slots of one time. taken, refused: places; lost, stopped: pages."""
-
-    taken: str
-    refused: str
-    lost: int
-    stopped: int
-
-
 def _limit_row(machine: Machine, name: str) -> LimitRow:
-    rule = LIMIT_RULES[name]
-    with undone(machine), substituted(_rule_substitutes(rule)):
-        before = _tried(machine, rule, before_init=True)
-        after = _tried(machine, rule, before_init=False)
+    before, after = (
+        {place: slot_fate(machine, name, offset, before_init=first) for place, offset in _PLACES}
+        for first in (True, False)
+    )
+    with undone(machine), substituted(_rule_substitutes(LIMIT_RULES[name])):
         entries, missed = _full_zap(machine)
-    stopped = before.stopped + after.stopped
     return LimitRow(
         name,
-        before.taken,
-        before.refused,
-        after.taken,
-        before.lost,
-        after.lost,
-        stopped,
+        _words([place for place, fate in before.items() if fate.outcome != REFUSED]),
+        _words([place for place, fate in before.items() if fate.outcome == TD_REFUSED]),
+        _words([place for place, fate in after.items() if fate.outcome != REFUSED]),
+        sum(fate.lost for fate in before.values()),
+        sum(fate.lost for fate in after.values()),
+        sum(fate.stopped for fate in (*before.values(), *after.values())),
         entries,
         missed,
     )
+
+
+def _words(places: Sequence[str]) -> str:
+    return ", ".join(places) or "none"
+
+
+def slot_fate(machine: Machine, rule: str, offset: int, *, before_init: bool) -> Fate:
+    """What becomes of a slot of 4 pages under a rule of `LIMIT_RULES`; the machine is as before.
+
+    offset: its first gfn, counted from the shared bit's. before_init: it is created before the TD
+    is initialised.
+    """
+    found = LIMIT_RULES[rule]
+    first = gfn_shared_bit(machine.gpaw) + offset
+    with undone(machine), substituted(_rule_substitutes(found)):
+        td = Td(machine.host, gpaw=machine.gpaw)
+        if not before_init:
+            td.init_vm()
+        if _create_slot(td, first):
+            return Fate(REFUSED)
+        if before_init:
+            td.init_vm()
+        if found.checks_init and not all(found.allows(td.vm, slot) for slot in td.vm.slots.all(0)):
+            return Fate(TD_REFUSED)
+        td.add_vcpu()
+        td.finalize()
+        return Fate(CREATED, *_lost_pages(td, range(first, first + SLOT_PAGES)))
 
 
 def _rule_substitutes(rule: LimitRule) -> list[Substitute]:
@@ -149,32 +181,8 @@ def _rule_substitutes(rule: LimitRule) -> list[Substitute]:
     ]
 
 
-def _tried(machine: Machine, rule: LimitRule, *, before_init: bool) -> _Kept:
-    """A TD for each place, with a slot there."""
-    shared = gfn_shared_bit(machine.gpaw)
-    taken, refused, lost, stopped = [], [], 0, 0
-    for place, offset in PLACES.items():
-        with undone(machine):
-            td = Td(machine.host, gpaw=machine.gpaw)
-            if not before_init:
-                td.init_vm()
-            if _create_slot(td, shared + offset):
-                continue
-            taken.append(place)
-            if before_init:
-                td.init_vm()
-                if rule.checks_init and not all(rule.allows(td.vm, s) for s in td.vm.slots.all(0)):
-                    refused.append(place)
-                    continue
-            td.add_vcpu()
-            td.finalize()
-            unreached, halted = _lost_pages(td, range(shared + offset, shared + offset + 4))
-            lost, stopped = lost + unreached, stopped + halted
-    return _Kept(", ".join(taken) or "none", ", ".join(refused) or "none", lost, stopped)
-
-
 def _create_slot(td: Td, gfn: int) -> int:
-    size = _SLOT_PAGES * PAGE_SIZE
+    size = SLOT_PAGES * PAGE_SIZE
     steps = td.set_user_memory_region_steps(0, gfn << PAGE_SHIFT, size, hva=1 << 30)
     ret: int = td.run_thread(steps)
     return ret
@@ -204,14 +212,14 @@ def _slot_found(td: Td, gfn: int) -> int | None:
 def _full_zap(machine: Machine) -> tuple[int, int]:
     """(entries of the direct root that a full zap visits, shared pages that it leaves mapped)."""
     td = machine.create_td(memory=SIZE_2M)
-    td.convert(0, _SLOT_PAGES * PAGE_SIZE, to="shared")
-    td.touch(0, _SLOT_PAGES * PAGE_SIZE)
+    td.convert(0, SLOT_PAGES * PAGE_SIZE, to="shared")
+    td.touch(0, SLOT_PAGES * PAGE_SIZE)
     vm, root = td.vm, td.vm.sps[td.vm.vcpus[0].root_hpa]
     entries = sum(1 for _ in for_each_tdp_pte_min_level_all(vm, root, root.level))
     seen = sum(
         is_present_leaf(it.old_spte, it.level) for it in for_each_tdp_pte_min_level_all(vm, root, 1)
     )
-    return entries, _SLOT_PAGES - seen
+    return entries, SLOT_PAGES - seen
 
 
 def judge_limits(rows: Sequence[LimitRow]) -> str:

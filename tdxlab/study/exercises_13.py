@@ -8,6 +8,7 @@ from typing import Any
 
 from tdxlab.kvm.vm_types import HYPOTHETICAL, KINDS, WAYS, VmFeatures, by_flags, wrong_answers
 from tdxlab.study.exercises import Exercise, Variant
+from tdxlab.study.exercises_13_debates import DEBATE_EXERCISES
 from tdxlab.study.vmtype_lab import TypeLab
 from tdxlab.study.vmtype_tables import observe
 
@@ -153,4 +154,5 @@ EXERCISES = (
     Exercise("13.2", _use),
     Exercise("13.3", _zapped),
     Exercise("13.4", _wrong),
+    *DEBATE_EXERCISES,
 )
