@@ -224,7 +224,7 @@ BREAKS: dict[str, Break] = {
         "KVM warns: somebody changes an entry that belongs to another vCPU for the moment",
     ),
     "zap-under-read-lock": Break(
-        "who holds mmu_lock for write keeps only writers out",
+        "who needs mmu_lock for write takes it for read, and keeps nobody out",
         "fault-zap",
         1,
         "invariant 5",
@@ -273,7 +273,7 @@ BREAKS: dict[str, Break] = {
             (tlb_races, "kick_everybody", _nothing),
             (checks, "is_tracked", _always),
         ),
-        "a vCPU reads through its TLB what another TD has written to the page by then",
+        "a TLB still leads to a page of another TD; a vCPU that reads there meets a machine check",
     ),
     "parent-first": Break(
         "a table of the external EPT is removed before the pages below it",

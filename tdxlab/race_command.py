@@ -79,7 +79,7 @@ def as_text(name: str, vcpus: int, rule: str | None, found: Exploration) -> Iter
     """Lines for people."""
     yield f"{name} with {vcpus} vCPU{'s' if vcpus > 1 else ''}: {SCENARIOS[name].what}"
     if rule is not None:
-        yield f"{rule} turned off: {BREAKS[rule].what}"
+        yield f"with the break {rule}: {BREAKS[rule].what}"
         yield f"what {BREAKS[rule].scenario} shows: {BREAKS[rule].shows}"
     schedules = "schedules without end" if found.complete else "schedules not counted"
     if found.schedules is not None:

@@ -319,14 +319,14 @@ def accept_block(vcpus: int, kind: Kind) -> Race:
     return Race(machine, (*guests, punch))
 
 
-def _first_line(build: Callable[[int, Kind], Race]) -> str:
-    text = " ".join((build.__doc__ or "").split())
-    return text.rstrip(".")
+def _first_paragraph(build: Callable[[int, Kind], Race]) -> str:
+    text, _, _ = (build.__doc__ or "").partition("\n\n")
+    return " ".join(text.split()).rstrip(".")
 
 
 #: Name -> scenario.
 SCENARIOS: dict[str, Scenario] = {
-    function.__name__.replace("_", "-"): Scenario(function, _first_line(function), most)
+    function.__name__.replace("_", "-"): Scenario(function, _first_paragraph(function), most)
     for function, most in (
         (same_page, 3),
         (fresh_region, 3),

@@ -42,7 +42,7 @@ def test_explore_prints_a_table_of_the_shortest_schedule(
 ) -> None:
     assert main(["explore", "zap-enter", "--vcpus", "1", "--break", "no-track"]) == 1
     text = capsys.readouterr().out
-    assert "no-track turned off: " in text
+    assert "with the break no-track: no new TLB epoch begins" in text
     assert "TLB_TRACKING_NOT_DONE" in text
     assert "punch hole" in text
 

@@ -204,6 +204,7 @@ def test_build_refuses_an_unknown_scenario_and_too_many_vcpus() -> None:
 def test_scenarios_say_what_they_are() -> None:
     assert len(SCENARIOS) == 11
     assert all(scenario.what for scenario in SCENARIOS.values())
+    assert SCENARIOS["tlb-tracking"].what.endswith(", and gives it to another TD")
 
 
 def test_watch_finds_the_pamt_entries_that_a_check_finds_at_every_move() -> None:
