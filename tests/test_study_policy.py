@@ -106,12 +106,6 @@ def test_workload_rows_count_zaps() -> None:
     assert rows["teardown"].zaps == 4
 
 
-def test_own_rows_compare_kvm_and_policy() -> None:
-    rows = tables.own_rows("boot", 52)
-    assert all(row.kvm_itself == row.kernel_policy for row in rows)
-    assert sum(row.kvm_itself for row in rows) == run(KernelPolicy(), "boot", gpaw=52).seamcalls
-
-
 def test_rule_rows_are_the_rules() -> None:
     assert [row.rule for row in tables.rule_rows()] == [*RULES, "invariant 14"]
 

@@ -84,7 +84,7 @@ def _rule(gpaw: int, seed: int) -> Variant:
     def hint(given: Any) -> str:
         names = (*RULES, INVARIANT)
         if str(given).strip() not in names:
-            return f"Choose the name of a rule: {', '.join(names)}."
+            return "That is no rule's name. `tables.rule_rows()` has them all, with what they ask."
         return (
             "Go through it with two pages and a vCPU inside. What has each page been through when "
             "`zap` ends, and what did the module answer to each call on the way?"
@@ -236,10 +236,10 @@ GOALS = (
         lambda r: r.cost <= 200 and r.most_blocked <= 8,
     ),
     Goal(
-        "with a cost of 140 at most and never more than 4 pages blocked",
+        "with a cost of 150 at most and never more than 4 pages blocked",
         "steady",
         Batches(4),
-        lambda r: r.cost <= 140 and r.most_blocked <= 4,
+        lambda r: r.cost <= 150 and r.most_blocked <= 4,
     ),
 )
 
