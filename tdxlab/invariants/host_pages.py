@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tdxlab.arch import PAGE_SHIFT
+from tdxlab.invariants.host_picture import VmPicture
 from tdxlab.invariants.picture import Picture, name_of
 from tdxlab.kvm.locks import WRITE
 from tdxlab.kvm.tdx import TdxVcpu
@@ -42,17 +43,17 @@ def pages_in_use_have_one_user(picture: Picture) -> Iterator[str]:
     if picture.host is None:
         return
     pages = picture.host.host.pages
-    users: dict[int, str] = {}
-    for vm in picture.vms:
-        for hpa, use in (*vm.host_pages(), *vm.guest_pages()):
-            user = f"{use}, {vm}"
-            if hpa in users:
-                yield f"the page {hpa:#x} has two users: {users[hpa]}; {user}"
-            users[hpa] = user
-            if not picture.host.is_out(hpa):
-                yield f"the page {hpa:#x} is free, but has a user: {user}"
     out = pages.in_use
     out.update({hpa: use for hpa, (_, use) in pages.huge.items()})
+    users: dict[int, tuple[str, VmPicture]] = {}
+    for vm in picture.vms:
+        for hpa, use in (*vm.host_pages(), *vm.guest_pages()):
+            if hpa in users:
+                first, other = users[hpa]
+                yield f"the page {hpa:#x} has two users: {first}, {other}; {use}, {vm}"
+            users[hpa] = use, vm
+            if hpa not in out and not picture.host.is_out(hpa):
+                yield f"the page {hpa:#x} is free, but has a user: {use}, {vm}"
     for hpa, use in out.items():
         if hpa not in users:
             yield f"the page {hpa:#x} is out ({use}), and nobody has it"
