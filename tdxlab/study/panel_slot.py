@@ -154,7 +154,7 @@ def _choice(
     description: str, options: Sequence[tuple[str, object]], name: str, value: object
 ) -> ipywidgets.Dropdown:
     """A dropdown that only chooses."""
-    layout = {"width": "210px" if name in ("kind", "policy") else "160px"}
+    layout = {"width": "195px" if name in ("kind", "policy") else "142px"}
     made = ipywidgets.Dropdown(
         options=options, description=description, value=value, layout=layout, style=_NARROW
     )
