@@ -188,7 +188,11 @@ ROOT_RULES: dict[str, Callable[[Vcpu, PageFault], MmuPage]] = {
 
 
 def root_rows(gpaw: int) -> list[RootRow]:
-    """D3: each rule on a VM of each type."""
+    """D3: each rule on a VM of each type.
+
+    Differs: the patch's own rule, "private, and the VM has a shared bit", is not among them; here
+    it would say what the second one says.
+    """
     rows = []
     for vm_type in ("TDX", "SW_PROTECTED", "DEFAULT"):
         machine, gate = _scene(gpaw, vm_type)

@@ -2,6 +2,8 @@
 
 Three protocols: the mirror entry is frozen meanwhile; the fault holds mmu_lock for write; or nobody
 is kept away, and the module refuses whoever comes second.
+Differs: the optimist that was discussed would undo what he did if his compare-exchange then failed.
+Here that cannot come: of two who call the module for one entry it serves one.
 """
 
 from __future__ import annotations
