@@ -21,6 +21,7 @@ from tdxlab.study import (
     debates_limits,
     debates_mirror,
     debates_protocols,
+    debates_roots,
     debates_styles,
     debates_teardown,
     debates_zaps,
@@ -41,6 +42,7 @@ COLUMNS = {
     "D8": "order pages seamcalls per_page lost vm",
     "D9": "rule before_init init_refused after_init lost_before lost_after refused root_entries "
     "missed",
+    "D11": "guard private shared lost vm",
     "D12": "zap meets starts waits retries longest dead why",
     "D13": "vm flush zapped stale needless",
     "D14": "order asked answer vm",
@@ -215,6 +217,14 @@ def test_limit_rows_leave_a_gap_before_the_td_is_initialised(gpaw: int) -> None:
 
 
 @EACH_GPAW
+def test_guard_rows_lose_private_pages_or_the_vm_without_the_right_guard(gpaw: int) -> None:
+    rows = {row.guard: row[1:] for row in rows_of("D11", gpaw)}
+    assert rows[debates_roots.UNGUARDED] == (4, 4, 4, "fine")
+    assert rows[debates_roots.BUG_ON] == (0, 0, 4, "ended")
+    assert rows[debates_roots.DIRECT_ONLY] == (0, 4, 0, "fine")
+
+
+@EACH_GPAW
 def test_atomic_rows_end_the_vm_where_two_zaps_track(gpaw: int) -> None:
     dead = [row for row in rows_of("D12", gpaw) if row.dead]
     assert [(row.zap, row.meets) for row in dead] == [(debates_zaps.ATOMIC, debates_zaps.ANOTHER)]
@@ -306,6 +316,7 @@ CHANGES: dict[str, Change] = {
     "D7": every(seamcalls=256, ipis=130),
     "D8": reverse("seamcalls"),
     "D9": every(lost_before=0),
+    "D11": every(lost=0, vm="fine"),
     "D12": every(dead=0),
     "D13": every(stale=0),
     "D14": every(vm="fine"),
@@ -324,6 +335,10 @@ WORDS = {
     "D7": ("24 % of the SEAMCALLs go", "save nothing"),
     "D8": ('"KeyID first" needs 62', '"KeyID last" needs 21'),
     "D9": ("No rule is without a gap", "goes wrong with last gfn has no direct bit"),
+    "D11": (
+        "survives with: direct roots only.",
+        "survives with: none, a shared bit",
+    ),
     "D12": ("ends the VM from", "No meeting ends the VM"),
     "D13": ("leaves stale translations", "No stale translation is left by: everything"),
     "D14": ("is refused with", '"the table that maps the page" goes well'),

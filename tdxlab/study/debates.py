@@ -26,6 +26,7 @@ from tdxlab.study import (
     debates_limits,
     debates_mirror,
     debates_protocols,
+    debates_roots,
     debates_styles,
     debates_teardown,
     debates_zaps,
@@ -174,6 +175,14 @@ DEBATES: Mapping[str, Debate] = {
         debates_limits.judge_limits,
         "the host's bound for all VMs, and no memslot whose last gfn has a direct bit.",
     ),
+    "D11": Debate(
+        "a range zap on a TD",
+        "kvm_zap_gfn_range is for causes that no TD should have. Must it be kept from private "
+        "memory all the same?",
+        debates_roots.guard_rows,
+        debates_roots.judge_guards,
+        "no guard: it zaps direct and mirror roots, and relies on its callers.",
+    ),
     "D12": Debate(
         "zapping a mirror with mmu_lock shared",
         "Could a mirror's leaf be frozen, blocked, tracked and removed while others hold mmu_lock "
@@ -226,8 +235,8 @@ DEBATES: Mapping[str, Debate] = {
         "filtering zaps",
         "The host moves or swaps shared pages. Does the zap take the private pages at the same "
         "gfns too?",
-        debates_zaps.filter_rows,
-        debates_zaps.judge_filter,
+        debates_roots.filter_rows,
+        debates_roots.judge_filter,
         "every range has a filter, and an MMU notifier means shared memory only.",
     ),
 }

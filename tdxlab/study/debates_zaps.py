@@ -1,5 +1,5 @@
 """Debates about zapping a TD's pages: D7, TLB tracking for each page or for many; D12, with
-mmu_lock shared; D21, without a filter.
+mmu_lock shared.
 """
 
 from __future__ import annotations
@@ -14,31 +14,25 @@ from tdxlab.guest import Read
 from tdxlab.kvm import zap
 from tdxlab.kvm.blocked import is_blocked_spte
 from tdxlab.kvm.external import Hook
-from tdxlab.kvm.notifier import kvm_mmu_notifier_invalidate_range
-from tdxlab.kvm.roots import KVM_VALID_ROOTS
 from tdxlab.kvm.spte import (
     FROZEN_SPTE,
     SHADOW_NONPRESENT_VALUE,
-    is_present_leaf,
     spte_to_pfn,
 )
-from tdxlab.kvm.tdp_iter import TdpIter, for_each_tdp_pte
+from tdxlab.kvm.tdp_iter import TdpIter
 from tdxlab.kvm.tdp_set import handle_changed_spte
 from tdxlab.kvm.vm import Vm
 from tdxlab.machine import Machine
 from tdxlab.study.debate_tools import (
     Faulting,
     Substitute,
-    calls,
     go_on,
     heard,
-    many,
     status_in,
     substituted,
 )
 from tdxlab.study.epoch_tables import batch_row
 from tdxlab.study.undone import undone
-from tdxlab.vmm_ioctls import HVA_BASE
 from tdxlab.vmm_td import Td
 
 # -- D7
@@ -237,92 +231,3 @@ def judge_atomic(rows: Sequence[AtomicRow]) -> str:
 
 def _find(rows: Sequence[AtomicRow], way: str, meets: str) -> AtomicRow:
     return next(row for row in rows if (row.zap, row.meets) == (way, meets))
-
-
-# -- D21
-
-
-class FilterRow(NamedTuple):
-    """A storm of MMU notifiers over a TD's whole memory. private, shared: mappings that are gone
-    after the first. seamcalls: of the whole storm. lost: private pages whose data are gone. guest:
-    what becomes of it when it uses its private memory again.
-    """
-
-    filter: str
-    events: int
-    private: int
-    shared: int
-    seamcalls: int
-    lost: int
-    guest: str
-
-
-FILTERED, UNFILTERED = "by attribute", "none"
-_EVENTS, _EACH = 4, 4
-
-
-def _all_valid_roots(vm: Vm, attr_filter: int) -> int:
-    return KVM_VALID_ROOTS
-
-
-_FILTERS: dict[str, tuple[Substitute, ...]] = {
-    FILTERED: (),
-    UNFILTERED: ((zap, "kvm_gfn_range_filter_to_root_types", _all_valid_roots),),
-}
-
-
-def filter_rows(gpaw: int) -> list[FilterRow]:
-    """D21: the same storm with and without the filter."""
-    machine = Machine(gpaw=gpaw, memory="1 GiB", lps=2, packages=1)
-    td = machine.create_td(memory=SIZE_2M)
-    td.convert(_EACH * PAGE_SIZE, _EACH * PAGE_SIZE, to="shared")
-    for page in range(2 * _EACH):
-        td.write(page * PAGE_SIZE, b"kept")
-    return [_filter_row(machine, td, name) for name in _FILTERS]
-
-
-def _filter_row(machine: Machine, td: Td, name: str) -> FilterRow:
-    """After each notifier the guest uses its shared memory again; at the end its private memory."""
-    pages = range(_EACH)
-    with undone(machine), substituted(_FILTERS[name]):
-        before, gone = calls(machine), (0, 0)
-        for event in range(_EVENTS):
-            kept = [_mapped(td, kind) for kind in ("mirror", "direct")]
-            notifier = kvm_mmu_notifier_invalidate_range(td.vm, HVA_BASE, HVA_BASE + SIZE_2M)
-            td.run_thread(notifier)
-            if not event:
-                private, shared = kept
-                gone = (private - _mapped(td, "mirror"), shared - _mapped(td, "direct"))
-            td.touch(_EACH * PAGE_SIZE, _EACH * PAGE_SIZE, write=False)
-        made = calls(machine) - before
-        lost = sum(not _still_kept(machine, td, page) for page in pages)
-        outcome = td.read(0, 4)
-    guest = "goes on" if outcome.answers == (b"kept",) else "dies: private memory not accepted"
-    return FilterRow(name, _EVENTS, *gone, made, lost, guest)
-
-
-def _mapped(td: Td, kind: str) -> int:
-    """Pages that a VM's mirror or direct root maps."""
-    vcpu = td.vm.vcpus[0]
-    root = td.vm.sps[vcpu.mirror_root_hpa if kind == "mirror" else vcpu.root_hpa]
-    walk = for_each_tdp_pte(td.vm, root, 0, SIZE_2M // PAGE_SIZE)
-    return sum(is_present_leaf(it.old_spte, it.level) for it in walk)
-
-
-def _still_kept(machine: Machine, td: Td, page: int) -> bool:
-    """The private page has the guest's data still."""
-    with undone(machine):
-        return td.read(page * PAGE_SIZE, 4).answers == (b"kept",)
-
-
-def judge_filter(rows: Sequence[FilterRow]) -> str:
-    """D21 in words."""
-    parts = [
-        f'Filter "{row.filter}": the first notifier takes {row.private} private and {row.shared} '
-        f"shared mappings, the storm costs {many(row.seamcalls, 'SEAMCALL')} and "
-        f"{many(row.lost, 'private page')}, and the guest {row.guest}"
-        for row in rows
-    ]
-    lossless = [row.filter for row in rows if not row.lost]
-    end = f"Nothing is lost with: {', '.join(lossless)}" if lossless else "Both lose data"
-    return f"{'. '.join(parts)}. {end}."
