@@ -350,6 +350,25 @@ def test_holes_and_conversions_reach_pages_that_are_kept_blocked() -> None:
     invariants.check(parked.machine, "alive")
 
 
+def test_a_hole_punched_while_the_slot_changes_hands_is_not_filled_with_the_old_page() -> None:
+    parked = Parked()
+    td, host, backing = parked.td, parked.machine.host, parked.backing
+    before = counts(td)
+    place = (backing.slot, backing.gpa, backing.size)
+    creating = host.on_cpu(
+        0,
+        td.set_user_memory_region_steps(
+            *place, flags=KVM_MEM_GUEST_MEMFD, hva=backing.hva, gmem=backing.gmem
+        ),
+    )
+    for step in creating:
+        if step[0] == "filemap_invalidate_lock" and not td.guest_memory._bindings[backing.gmem]:
+            steps.run(host.on_cpu(1, td.punch_hole_steps(backing.gpa, PAGE_SIZE)))
+    took = {name: count - before[name] for name, count in counts(td).items()}
+    assert (took["RANGE.UNBLOCK"], took["PAGE.REMOVE"]) == (7, 1)
+    invariants.check(parked.machine, "alive")
+
+
 @pytest.mark.parametrize("comes_back", [False, True])
 def test_a_td_with_kept_pages_is_destroyed_without_a_leak(comes_back: bool) -> None:
     parked = Parked()

@@ -89,8 +89,8 @@ def make_room(vm: Vm, new: Slot) -> Work:
 
 
 def unpark(vm: Vm, new: Slot) -> Work:
-    """The slot is there again: unblock its pages; those that became shared meanwhile are removed.
-    slots_lock held.
+    """The slot is there again: unblock its pages; those that became shared meanwhile, or that the
+    file has lost, are removed. slots_lock held.
     """
     if not any(_is_again(slot, new) for slot in vm.parked):
         return
@@ -100,15 +100,18 @@ def unpark(vm: Vm, new: Slot) -> Work:
             if (yield from tdp_mmu_iter_cond_resched(vm, it, False, WRITE)):
                 continue
             if is_blocked_spte(it.old_spte):
-                yield from _unblock(vm, root, it)
+                yield from _unblock(vm, root, it, new)
     vm.mmu_lock.unlock(WRITE)
     vm.parked = tuple(slot for slot in vm.parked if not _is_again(slot, new))
 
 
-def _unblock(vm: Vm, root: MmuPage, it: TdpIter) -> Work:
-    """Give the entry at `it` its leaf back, after the external EPT has."""
+def _unblock(vm: Vm, root: MmuPage, it: TdpIter, slot: Slot) -> Work:
+    """Give the entry at `it` its leaf back, after the external EPT has; remove a page that is not
+    the one to be there any more.
+    """
     gfn, pfn = it.gfn, spte_to_pfn(it.old_spte)
-    if not vm.attributes.is_private(gfn):
+    in_file = vm.guest_memory.get_pfn(slot.gmem, slot.gfn_to_gmem_index(gfn))
+    if in_file != pfn or not vm.attributes.is_private(gfn):
         yield from zap_mirror_leafs_in_batches(vm, root, gfn, gfn + 1, False, False)
         return
     assert isinstance(vm.external, Unblocking)
