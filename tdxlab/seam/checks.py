@@ -283,33 +283,25 @@ def tracking_applies(call: Call, td: Td) -> bool:
     return call.module.memory.words.view[td.tdcs + Tdcs.OP_STATE] in TLB_TRACKING_OP_STATES
 
 
-def begin_td(call: Call, flags: int = 0) -> tuple[int, Td]:
-    """The TD that RDX names, in a state for this leaf; returns (RCX as given, TD). RCX and RDX are
-    cleared first.
-
-    flags: bits of RDX that are not part of the address. Refuses as `lock_tdr` (RDX), then as
-    `open_tdcs`.
-    """
-    registers = call.registers
-    operand, tdr = registers.rcx, registers.rdx & ~flags
-    registers.rcx = registers.rdx = 0
-    lock_page(call, tdr, OPERAND_ID_RDX, PT_TDR)
-    td = Td(call.module.memory, tdr)
-    open_tdcs(call, td)
-    return operand, td
-
-
-def begin_entry(
-    call: Call, td: Td, operand: int, lowest: int, highest: int | None, exclusive: bool = False
-) -> tuple[int, sept.Place]:
-    """The S-EPT entry that `operand` (GPA and level) names, under its lock; returns (gpa, entry).
+def begin_mem(
+    call: Call, lowest: int, highest: int | None, exclusive: bool = False, flags: int = 0
+) -> tuple[Td, int, sept.Place]:
+    """What most TDH.MEM leaves begin with: the TD that RDX names, and the S-EPT entry that RCX (GPA
+    and level) names, under its lock; returns (TD, gpa, entry). RCX and RDX are cleared first.
 
     lowest, highest: legal levels, None for the root's. exclusive: how the S-EPT tree is locked.
-    Refuses, in order: `page_info` (RCX); a GPA that is not private (RCX); the tree's lock
-    (SEPT_TREE); EPT_WALK_FAILED (RCX, details); the entry's lock (RCX, details).
-    Source: helpers.c, lock_sept_check_and_walk_internal.
+    flags: bits of RDX that are not part of the address.
+    Refuses, in order: `lock_tdr` (RDX); `open_tdcs`; `page_info` (RCX); a GPA that is not private
+    (RCX); the tree's lock (SEPT_TREE); EPT_WALK_FAILED (RCX, details); the entry's lock (RCX,
+    details).
+    Source: helpers.c, lock_sept_check_and_walk_internal; the bodies of the leaves.
     """
-    memory = call.module.memory
+    registers, memory = call.registers, call.module.memory
+    operand, tdr = registers.rcx, registers.rdx & ~flags
+    registers.rcx = registers.rdx = 0
+    lock_page(call, tdr, OPERAND_ID_RDX, PT_TDR)  # as lock_tdr, called less deeply
+    td = Td(memory, tdr)
+    open_tdcs(call, td)
     view = memory.words.view
     eptp = view[td.tdcs + _EPTP]
     gpa, sept_level = page_info(operand, lowest, eptp >> 3 & 7 if highest is None else highest)
@@ -319,15 +311,4 @@ def begin_entry(
     place = sept.walk(memory, eptp, gpa, sept_level)
     if place.sept_level != sept_level:
         refuse_entry(TDX_EPT_WALK_FAILED + OPERAND_ID_RCX, place)
-    return gpa, lock_septe(call, place)
-
-
-def begin_mem(
-    call: Call, lowest: int, highest: int | None, exclusive: bool = False, flags: int = 0
-) -> tuple[Td, int, sept.Place]:
-    """What most TDH.MEM leaves begin with: `begin_td`, then `begin_entry`; returns (TD, gpa, S-EPT
-    entry under lock).
-    """
-    operand, td = begin_td(call, flags)
-    gpa, place = begin_entry(call, td, operand, lowest, highest, exclusive)
-    return td, gpa, place
+    return td, gpa, lock_septe(call, place)

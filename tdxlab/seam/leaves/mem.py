@@ -18,9 +18,9 @@ from tdxlab.bits import MASK64
 from tdxlab.seam import measure, sept
 from tdxlab.seam.call import Call, Refused
 from tdxlab.seam.checks import (
-    begin_entry,
     begin_mem,
-    begin_td,
+    lock_sept_tree,
+    lock_septe,
     lock_tdr,
     open_tdcs,
     page_info,
@@ -249,17 +249,23 @@ def tdh_mem_sept_rd(call: Call) -> Operation:
 
     RCX: GPA and level (0 up to the root's). RDX: HPA of the TDR; bit 0 asks a debug TD for nested
     VMs' attributes. Returns the entry in RCX, its level and state in RDX; R8 = 0 if bit 0 asks.
-    Refuses, in order: as `begin_td`; bit 0 and not DEBUG (RDX); as `begin_entry`.
+    Refuses, in order: TDR (RDX); op-state; bit 0 and not DEBUG (RDX); RCX; GPA not private
+    (RCX); OPERAND_BUSY (SEPT_TREE); EPT_WALK_FAILED (RCX, details); OPERAND_BUSY (RCX, details).
     Source: TDX module 1.5.01, tdh_mem_sept_rd.c.
     Differs: nested VMs are not modelled, so no page has attributes for one.
     """
     module, registers = call.module, call.registers
-    asks_for_l2 = registers.rdx & _READ_L2
-    operand, td = begin_td(call, flags=_READ_L2)
-    attributes = module.memory.words.view[td.tdcs + Tdcs.ATTRIBUTES]
-    if asks_for_l2 and not attributes & ATTRIBUTES_DEBUG:
+    operand, rdx = registers.rcx, registers.rdx
+    registers.rcx = registers.rdx = 0
+    td = lock_tdr(call, rdx & ~_READ_L2, OPERAND_ID_RDX)
+    open_tdcs(call, td)
+    view, asks_for_l2 = module.memory.words.view, rdx & _READ_L2
+    if asks_for_l2 and not view[td.tdcs + Tdcs.ATTRIBUTES] & ATTRIBUTES_DEBUG:
         raise Refused(TDX_OPERAND_INVALID + OPERAND_ID_RDX)
-    gpa, place = begin_entry(call, td, operand, 0, None)
+    gpa, sept_level = page_info(operand, 0, view[td.tdcs + Tdcs.EPTP] >> 3 & 7)
+    require_private_gpa(call, td, gpa)
+    lock_sept_tree(call, td)
+    place = lock_septe(call, walk_sept(call, td, gpa, sept_level))
     yield ("TDH.MEM.SEPT.RD", td.tdr, gpa, place.sept_level)
     # -- effects: nothing below may fail
     registers.rcx, registers.rdx = sept.report(place.septe, place.sept_level)
