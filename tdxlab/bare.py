@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from difflib import get_close_matches
 from types import MappingProxyType
 
 from tdxlab.abi.leaves import HOST_LEAVES
@@ -41,6 +42,17 @@ from tdxlab.trace import Trace
 _LINEAR_ADDRESS_VALID = 1 << 7 | 1 << 8
 #: Interruption information of a machine check: a hardware exception on vector 18.
 _MACHINE_CHECK = 0x8000_0312
+_LEAF_NAMES = tuple(leaf.name for leaf in HOST_LEAVES.values())
+
+
+class LeafCounts(Counter[str]):
+    """Name of a leaf -> calls; a misspelt name is a KeyError, not 0."""
+
+    def __missing__(self, name: str) -> int:
+        if name in _LEAF_NAMES or name.startswith("leaf "):
+            return 0
+        near = get_close_matches(name, _LEAF_NAMES, 1) or ["TDH.MEM.PAGE.AUG"]
+        raise KeyError(f"no leaf is named {name!r}; did you mean {near[0]}?")
 
 
 class BareMachine:
@@ -274,9 +286,11 @@ class BareMachine:
     @property
     def seamcalls(self) -> Mapping[str, int]:
         """Name of each leaf that was called, such as "TDH.MEM.PAGE.AUG" -> calls since the machine
-        was made; 0 for any other. A leaf that does not exist is "leaf 250".
+        was made; 0 for one that was not. A number that is no leaf's is "leaf 250".
+
+        Refuses other names: KeyError.
         """
-        counts: Counter[str] = Counter()
+        counts = LeafCounts()
         for leaf, calls in self.trace.seamcalls().items():
             counts[HOST_LEAVES[leaf].name if leaf in HOST_LEAVES else f"leaf {leaf}"] = calls
         return MappingProxyType(counts)

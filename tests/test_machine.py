@@ -189,3 +189,10 @@ def test_seamcalls_counts_leaves_that_do_not_exist_by_number() -> None:
     machine.seamcall(0, 250, Registers())
     assert dict(machine.seamcalls) == {"leaf 250": 1}
     assert machine.seamcalls["TDH.MEM.TRACK"] == 0
+
+
+def test_seamcalls_refuses_a_misspelt_name_and_counts_nothing_for_a_leaf_without_calls() -> None:
+    machine = Machine(memory="1 GiB")
+    assert machine.seamcalls["TDH.MEM.SEPT.RD"] == machine.seamcalls["leaf 250"] == 0
+    with pytest.raises(KeyError, match=r"did you mean TDH\.MEM\.PAGE\.AUG"):
+        machine.seamcalls["TDH.MEM.PAGE.AGU"]

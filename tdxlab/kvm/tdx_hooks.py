@@ -120,8 +120,7 @@ def leak_page(tdx: Tdx, pfn: int) -> None:
 def tdx_sept_zap_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
     """Block the entry. Returns 1; 0 if it turns out that the page was only premapped; -errno."""
     if level != 1:
-        tdx.vm.bug(f"a private page at level {level} is zapped: only 4 KiB pages are possible")
-        return -EINVAL
+        tdx.vm.warn(f"a private page at level {level} is zapped: only 4 KiB pages are possible")
     host, td, gpa, sept_level = tdx.host, tdx.td, gfn << PAGE_SHIFT, level - 1
     err, entry, level_state = yield from tdh_mem_range_block(host, td, gpa, sept_level)
     if not err:
@@ -165,7 +164,13 @@ def tdx_track(tdx: Tdx) -> Doing:
 
 
 def tdx_sept_drop_private_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Hook:
-    """Take the page out of the TD, write its lines back, clear it, drop its reference."""
+    """Take the page out of the TD, write its lines back, clear it, drop its reference.
+
+    Returns 0; -EINVAL or -EIO with the VM dead.
+    """
+    if level != 1:
+        tdx.vm.bug(f"a private page at level {level} is removed: only 4 KiB pages are possible")
+        return -EINVAL
     host, td, gpa, sept_level = tdx.host, tdx.td, gfn << PAGE_SHIFT, level - 1
     err, entry, level_state = yield from tdh_mem_page_remove(host, td, gpa, sept_level)
     if err and tdx_operand_busy(err):

@@ -18,6 +18,7 @@ from tdxlab.kvm.exits import Interrupted
 from tdxlab.kvm.host import NO_HKID, KvmHost
 from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.tdx import TD_STATE_RUNNABLE
+from tdxlab.kvm.tdx_hooks import tdx_sept_drop_private_spte
 from tdxlab.kvm.tdx_run import kvm_vcpu_ioctl_run
 from tdxlab.kvm.vm import IN_GUEST_MODE
 from tdxlab.steps import run
@@ -323,8 +324,16 @@ def test_alloc_page_says_when_memory_is_used_up() -> None:
     assert td.tdx.alloc_page("test") == NO_PAGE
 
 
-def test_remove_external_spte_bug_for_a_page_that_is_not_4k(td: TdScene) -> None:
+def test_remove_external_spte_blocks_a_large_page_and_then_says_that_it_is_a_bug(
+    td: TdScene,
+) -> None:
     before = td.count()
-    assert run(td.tdx.remove_external_spte(0x200, 2, 0x1000)) == -EINVAL
-    assert "only 4 KiB pages are possible" in td.vm.vm_bugged
+    td.events.clear()
+    assert run(td.tdx.remove_external_spte(0x200, 2, 0x1000)) == -EIO
+    assert td.since(before) == {"TDH.MEM.RANGE.BLOCK": 1}
+    assert "is zapped: only 4 KiB pages are possible" in str(td.events)
+    td.vm.vm_bugged = ""
+    before = td.count()
+    assert run(tdx_sept_drop_private_spte(td.tdx, 0x200, 2, 0x1000)) == -EINVAL
+    assert "is removed: only 4 KiB pages are possible" in td.vm.vm_bugged
     assert td.since(before) == {}
