@@ -8,6 +8,8 @@ import pytest
 
 from tdxlab import demo
 from tdxlab.cli import main
+from tdxlab.study.demo_plot import calls_per_phase
+from tdxlab.study.plots import Canvas, side_by_side
 
 PAGES = 2048
 MEMORY = PAGES * 4096
@@ -126,6 +128,18 @@ def test_demo_prints_json_and_draws_a_plot(
     assert main([*arguments, "--plot", str(file)]) == 0
     assert json.loads(capsys.readouterr().out)["memory"] == 1 << 16
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_calls_per_phase_leaves_out_letters_without_room(life: demo.Life) -> None:
+    canvas = Canvas(3.0)
+    (ax,) = side_by_side(canvas.figure, 1)
+    calls_per_phase(life, ax)
+    letters = dict.fromkeys(NAMES, "")
+    for text in ax.texts[len(NAMES) :]:
+        letters[NAMES[round(text.get_position()[1])]] += text.get_text()
+    assert letters["touch"] == "VM"
+    assert letters["build"] == letters["launch"] == ""
+    assert letters["destroy"] == "MP"
 
 
 def test_demo_tells_how_far_it_is() -> None:

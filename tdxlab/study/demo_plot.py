@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
 from tdxlab.abi.leaves import HOST_LEAVES
 from tdxlab.demo import Life
@@ -12,11 +13,16 @@ from tdxlab.sizes import format_size
 from tdxlab.study.palette import GROUP_LOOKS
 from tdxlab.study.plots import Canvas, Series, side_by_side, stacked_bars
 
+#: Share of the width below which letters would stand upon each other.
+_NARROW = 0.015
+
 _GROUP_OF = {leaf.name: leaf.group for leaf in HOST_LEAVES.values()}
 
 
 def calls_per_phase(life: Life, ax: Axes) -> Axes:
-    """SEAMCALLs of each phase of `life`, stacked by group."""
+    """SEAMCALLs of each phase of `life`, stacked by group. A part without room for its letter has
+    none.
+    """
     groups = [name for name in GROUP_LOOKS if any(_GROUP_OF[leaf] == name for leaf in life.total)]
     series = [
         Series(
@@ -30,7 +36,11 @@ def calls_per_phase(life: Life, ax: Axes) -> Axes:
     ]
     title = f"A TD of {format_size(life.memory)}, GPAW {life.gpaw}"
     names = [phase.name for phase in life.phases]
-    return stacked_bars(ax, names, series, unit="SEAMCALLs", title=title)
+    stacked_bars(ax, names, series, unit="SEAMCALLs", title=title)
+    for bar, letter in zip(ax.patches, ax.texts[len(names) :], strict=True):
+        if isinstance(bar, Rectangle) and bar.get_width() < ax.get_xlim()[1] * _NARROW:
+            letter.set_text("")
+    return ax
 
 
 def save(life: Life, path: Path) -> None:
