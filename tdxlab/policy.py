@@ -60,6 +60,7 @@ RULES = {
     "scope": "calls are about the pages of the zap alone",
     "end": "zap returns",
     "policy": "zap raises nothing",
+    "alive": "the TD goes on afterwards",
 }
 
 #: Calls that a policy may make in one zap: so many, and so many more for each page.

@@ -33,6 +33,7 @@ from tdxlab.machine import Machine
 from tdxlab.policy import Op, Surroundings, Tally, ZapHost, ZapPolicy
 from tdxlab.steps import WAIT, Operation, Step
 from tdxlab.stopping import Stopped, Violation
+from tdxlab.vmm_run import RunResult
 from tdxlab.vmm_td import Td
 from tdxlab.workloads import END, PAGES, SHARED, TOUCH, Event, Workload
 
@@ -276,7 +277,14 @@ class _Bench:
         """What the event does: vCPU 0's program, or the end of the TD."""
         if event.do == END:
             return self.machine.host.on_cpu(0, self.td.destroy_steps())
-        return self.td.run_steps(self._program(event), vcpu=0)
+        return self._going_on(self.td.run_steps(self._program(event), vcpu=0))
+
+    def _going_on(self, thread: Operation) -> Operation:
+        """The guest's program, which has to come to its end."""
+        result: RunResult = yield from thread
+        if not result.ok:
+            text = f"the TD cannot go on: {result.reason}, {result.detail}"
+            raise Stopped(Violation("alive", text))
 
     def _program(self, event: Event) -> list[Access]:
         first, alias = event.gfn * PAGE_SIZE, self.td.guest.alias

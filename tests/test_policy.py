@@ -241,6 +241,16 @@ def test_a_policy_cannot_go_on_after_a_rule_is_broken() -> None:
     assert broken(zap).rule == "status"
 
 
+def test_a_td_that_cannot_go_on_is_noticed() -> None:
+    def zap(host: ZapHost, pages: Sequence[int]) -> None:
+        AllAtOnce().zap(host, pages)
+        host._tdx.vm.bug("killed by its policy")
+
+    violation = broken(zap)
+    assert violation.rule == "alive"
+    assert "killed by its policy" in violation.explanation
+
+
 def test_loops_without_calls_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tdxlab.stopping.LineLimit.__init__.__defaults__", (2000,))
 
