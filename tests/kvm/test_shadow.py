@@ -311,6 +311,56 @@ def test_kvm_unmap_gfn_takes_all_mappings_and_they_come_back(design: str) -> Non
     assert scene.access(0x4000).kind == OK
 
 
+# -- what a TLB could still hold
+
+
+@pytest.mark.parametrize(("gfn", "flushes"), [(5, 1), (6, 0)])
+def test_kvm_unmap_gfn_flushes_once_if_something_was_mapped(gfn: int, flushes: int) -> None:
+    scene = mapped()
+    scene.access(0x3000)
+    before = scene.vm.counts["remote_tlb_flush"]
+    run(kvm_unmap_gfn(scene.vm, gfn))
+    assert scene.vm.counts["remote_tlb_flush"] - before == flushes
+
+
+@pytest.mark.parametrize(("entry", "flushes"), [(0, 1), (1, 0)])
+def test_track_write_flushes_once_if_an_entry_was_present(entry: int, flushes: int) -> None:
+    scene = mapped()
+    scene.access(0x3000)
+    before = scene.vm.counts["remote_tlb_flush"]
+    assert scene.guest_put(0x2000, entry, 0x4000 | RWU) == "emulated"
+    assert scene.vm.counts["remote_tlb_flush"] - before == flushes
+
+
+def test_fetch_flushes_when_a_leaf_gives_way_to_one_of_another_gfn() -> None:
+    scene = mapped(leaf=0x5065)
+    scene.access(0x3000)
+    assert scene.guest_put(0x3000, 3, 0x6067) == "direct"
+    before = scene.vm.counts["remote_tlb_flush"]
+    assert scene.access(0x3000, write=True).hpa == scene.vm.map.guest.base + 0x6000
+    assert scene.vm.counts["remote_tlb_flush"] - before == 1
+
+
+def test_fetch_flushes_when_a_large_page_gets_another_table() -> None:
+    scene = Scene(2, cr3=0x2000)
+    scene.put(0x2000, 0, LARGE | RWU)
+    scene.turn_on()
+    scene.access(0x5000)
+    before = scene.vm.counts["remote_tlb_flush"]
+    assert scene.access(0x5000, write=True).kind == OK
+    assert scene.vm.counts["remote_tlb_flush"] - before == 1
+
+
+def test_new_page_flushes_when_its_table_could_be_written() -> None:
+    scene = mapped()
+    scene.put(0x2000, 1, 0x5000 | RWU)
+    scene.put(0x5000, 0, 0x6000 | RWU)
+    scene.access(0x3000, write=True)
+    before = scene.vm.counts["remote_tlb_flush"]
+    assert scene.access(0x40_0000).kind == OK
+    assert scene.vm.counts["remote_tlb_flush"] - before == 1
+
+
 # -- meeting others
 
 
