@@ -162,16 +162,17 @@ def atomic_rows(gpaw: int) -> list[AtomicRow]:
 
 
 def _atomic_row(machine: Machine, td: Td, way: str, meets: str) -> AtomicRow:
-    starts, dead, faults = 0, [], []
+    starts, faults = 0, list[Faulting]()
+    dead: list[str] = []
     with substituted(_ZAPS[way]):
         while True:
             with undone(machine):
                 fault, ended = _meeting(td, meets, starts)
-                if td.vm.vm_bugged:
-                    dead.append(td.vm.vm_bugged)
+                bug = td.vm.vm_bugged
             if ended:
                 break
             faults.append(fault)
+            dead += [bug] if bug else []
             starts += 1
     waits = max(fault.waits for fault in faults)
     retries = max(fault.retries for fault in faults)
@@ -196,11 +197,11 @@ def _meeting(td: Td, meets: str, start: int) -> tuple[Faulting, bool]:
     go_on(reading, 16)
     ended = False
     for _ in range(start):
-        ended = not go_on(zapping, 1)
+        ended = not go_on(zapping)
         go_on(reading, 2)
     threads = [zapping, coming]
     while threads and not td.vm.vm_bugged:
-        threads = [thread for thread in threads if go_on(thread, 1)]
+        threads = [thread for thread in threads if go_on(thread)]
         go_on(reading, 2)
     for thread in (zapping, coming, reading):
         thread.close()
