@@ -164,10 +164,11 @@ def test_guest_store_to_another_entry_leaves_what_is_mapped_alone() -> None:
     assert scene.access(0x3000) == (OK, scene.vm.map.guest.base + 0x5000, 0, 0)
 
 
-def test_guest_store_of_part_of_an_entry_zaps_the_page() -> None:
+@pytest.mark.parametrize(("gpa", "value", "size"), [(0x2001, 0x30, 1), (0x2002, 0, 4)])
+def test_guest_store_of_part_of_an_entry_zaps_the_page(gpa: int, value: int, size: int) -> None:
     scene = mapped()
     assert scene.access(0x3000).kind == OK
-    assert run(guest_store(scene.vcpu, 0x2001, 0x30, 1)) == "emulated"
+    assert run(guest_store(scene.vcpu, gpa, value, size)) == "emulated"
     assert scene.access(0x3000).kind == OK
     assert scene.vm.counts["sp_zapped"] >= 4
     assert complaints(scene.vm) == []
