@@ -134,6 +134,17 @@ def test_set_cr0_and_cr4_change_the_paging_mode(design: str) -> None:
     assert complaints(scene.vm) == []
 
 
+@ALL
+def test_set_cr4_gives_the_root_up_when_pae_is_turned_off(design: str) -> None:
+    scene = processes(design, 1, levels=3)
+    switch(scene, 0)
+    assert run(set_cr4(scene.vcpu, X86_CR4_PSE)) == "fine"
+    assert scene.vcpu.root == NO_ROOT
+    scene.vm.write_guest(cr3_of(0), 0x21000 | RWU, 4)
+    scene.vm.write_guest(0x21000, 0x61000 | RWU, 4)
+    assert scene.access(0).hpa == scene.vm.map.guest.base + 0x61000
+
+
 @pytest.mark.parametrize("write", [set_cr0, set_cr4])
 def test_turning_pae_paging_on_with_a_bad_table_is_gp(write: object) -> None:
     scene = Scene(3, cr3=0x9020)
