@@ -10,6 +10,12 @@ from tests.browser.panel_page import SHOTS, PanelPage
 
 NOTEBOOK = "09-deleting-a-memslot.ipynb"
 
+#: The panel needs no sideways scrolling.
+FITS = """() => {
+    const area = document.querySelector('.tdxlab-panel').closest('.jp-OutputArea-output');
+    return area.scrollWidth <= area.clientWidth;
+}"""
+
 
 @pytest.fixture
 def twin() -> SlotPanel:
@@ -20,6 +26,7 @@ def twin() -> SlotPanel:
 @pytest.fixture
 def shown(notebook: LabPage) -> PanelPage:
     """The notebook's panel at the beginning of its tape."""
+    notebook.page.set_viewport_size({"width": 1280, "height": 800})
     page = PanelPage(notebook.page)
     page.click("tdxlab-reset", then="Step 0 of ")
     choose(page, "policy", "Linux 6.16")
@@ -53,11 +60,9 @@ def test_deeds_by_mouse_and_keys_show_what_python_counts(shown: PanelPage, twin:
     press(shown, twin, "delete", key=True)
     assert shown.numbers()["slot blocked"] == 256
     shown.root.scroll_into_view_if_needed()
-    shown.page.set_viewport_size({"width": 1280, "height": 800})
     SHOTS.mkdir(exist_ok=True)
     shown.root.screenshot(path=SHOTS / "09-panel-1280.png")
-    area = "element => { const area = element.closest('.jp-OutputArea-output');"
-    assert shown.root.evaluate(f"{area} return area.scrollWidth <= area.clientWidth; }}")
+    shown.page.wait_for_function(FITS)
     choose(shown, "told", "not told")
     twin.told.value = False
     press(shown, twin, "create")
