@@ -223,6 +223,8 @@ class ZapHost:
             raise Stopped(Violation("policy", f"it raised {what}{where}")) from None
         finally:
             self._limit.stop()
+        if self._limit.stopped is not None:
+            raise self._limit.stopped
         self._require_done()
         self._give_back()
 
@@ -246,7 +248,7 @@ class ZapHost:
             self._take_effect(op)
         self._end(op)
         if word != SUCCESS and word not in WAITS:
-            raise Stopped(_refused(op, status, before))
+            self._limit.insist(Stopped(_refused(op, status, before)))
         return word
 
     def _take_effect(self, op: Op) -> None:
@@ -293,7 +295,7 @@ class ZapHost:
         self._limit.stop()
         self._calls_left -= 1
         if self._calls_left < 0:
-            raise Stopped(Violation("end", f"the zap has no end: {self._left()}"))
+            self._limit.insist(Stopped(Violation("end", f"the zap has no end: {self._left()}")))
 
     def _end(self, op: Op) -> None:
         if op.gfn >= 0:
@@ -328,13 +330,13 @@ class ZapHost:
         size = pages_per_level(2)
         if level == 1 and gfn not in self._entries:
             text = f"{name} of gfn {gfn!r}, which is not among the zap's pages"
-            raise Stopped(Violation("scope", text))
+            self._limit.insist(Stopped(Violation("scope", text)))
         if level != 1 and (level != 2 or gfn % size or gfn < self.start or gfn + size > self.end):
             text = (
                 f"{name} of gfn {gfn:#x} at level {level}: level 2 wants {size} gfns in a row in "
                 f"{self.start:#x}..{self.end - 1:#x}, the first a multiple of {size}"
             )
-            raise Stopped(Violation("scope", text))
+            self._limit.insist(Stopped(Violation("scope", text)))
 
     def _left(self) -> str:
         """How many pages are not out yet, in words."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 #: Lines that a policy may run between two of its calls.
 MOST_LINES = 200_000
@@ -41,6 +41,8 @@ class LineLimit:
         self._most = most
         self._lines = 0
         self._is_on = False
+        #: why the policy is not to go on, None as long as it is
+        self.stopped: Stopped | None = None
 
     def start(self) -> None:
         """Count from 0."""
@@ -55,15 +57,26 @@ class LineLimit:
             self._is_on = False
             sys.settrace(None)
 
-    def _enter(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
-        return self._line
+    def insist(self, stopped: Stopped) -> NoReturn:
+        """Raise, and raise again at the policy's next line, should it catch that: a bare `except`
+        in a loop holds nobody for ever. The first reason stays.
+        """
+        self.stopped = self.stopped or stopped
+        self.start()
+        raise self.stopped
+
+    def _enter(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
+        return self._line if self.stopped is None else None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
         if event == "line":
+            if self.stopped is not None:
+                raise self.stopped
             self._lines += 1
             if self._lines > self._most:
                 text = f"the zap has no end: {self._most} lines ran without a call of the host's"
-                raise Stopped(Violation("end", text))
+                self.stopped = Stopped(Violation("end", text))
+                raise self.stopped
         return self._line
 
 

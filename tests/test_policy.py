@@ -241,6 +241,25 @@ def test_a_policy_cannot_go_on_after_a_rule_is_broken() -> None:
     assert broken(zap).rule == "status"
 
 
+def test_a_bare_except_holds_nothing_back() -> None:
+    def loops(host: ZapHost, pages: Sequence[int]) -> None:
+        while True:
+            try:  # noqa: SIM105
+                host.block(pages[0])
+            except:  # noqa: E722
+                pass
+
+    def hides(host: ZapHost, pages: Sequence[int]) -> None:
+        AllAtOnce().zap(host, pages)
+        try:  # noqa: SIM105
+            host.remove(pages[0])
+        except:  # noqa: E722
+            pass
+
+    assert "GPA_RANGE_ALREADY_BLOCKED" in broken(loops).explanation
+    assert "EPT_ENTRY_STATE_INCORRECT" in broken(hides).explanation
+
+
 def test_a_td_that_cannot_go_on_is_noticed() -> None:
     def zap(host: ZapHost, pages: Sequence[int]) -> None:
         AllAtOnce().zap(host, pages)
