@@ -70,8 +70,8 @@ test-notebooks: $(READY)  ## nbval, strict, on every notebook; then the series a
 	$(PYTEST) $(PARALLEL) $(NBVAL) notebooks tests/test_house_notebooks.py
 
 .PHONY: test-browser
-test-browser: $(READY)  ## drive the notebooks in a real browser, one after the other
-	$(PYTEST) tests/browser
+test-browser: $(READY)  ## drive the notebooks in a real browser, two at a time
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder tests/browser
 
 .PHONY: check
 check: $(READY)  ## format, lint, types, import contracts, duplicated code
