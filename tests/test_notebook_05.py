@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +126,6 @@ def test_retell_brings_the_story_back(panel: RacePanel) -> None:
 # -- the exercises
 
 
-@pytest.fixture(autouse=True)
-def _made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exercises, "variant", cache(exercises.variant))
-
-
 @pytest.mark.parametrize("number", NUMBERS)
 def test_check_accepts_the_right_answer_and_refuses_wrong_ones(number: str) -> None:
     assert faults_of_check(number, WRONG[number], gpaw=48, seeds=2) == []
@@ -207,5 +201,5 @@ def test_a_lab_that_sees_no_frozen_entry_turns_a_cell_red(monkeypatch: pytest.Mo
 
 def test_a_wrong_answer_in_the_table_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exercises_05, "comb", lambda n, k: n + k)
-    exercises.variant.cache_clear()  # type: ignore[attr-defined]
+    exercises.made.cache_clear()
     assert not check("05.1", 35)

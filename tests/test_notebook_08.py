@@ -148,12 +148,6 @@ def test_views_have_words_for_those_who_do_not_see_them(panel: EpochPanel) -> No
 # -- the exercises
 
 
-@pytest.fixture(autouse=True)
-def _made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each variant plays a story: once in a test, not once for each answer."""
-    monkeypatch.setattr(exercises, "variant", cache(exercises.variant))
-
-
 def variant(number: str, *, gpaw: int = 48, seed: int = 0) -> Variant:
     """A variant, made once."""
     return exercises.variant(number, gpaw=gpaw, seed=seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +188,6 @@ def test_views_have_words_for_those_who_do_not_see_them(panel: TeardownPanel) ->
 
 
 # -- the exercises
-
-
-@pytest.fixture(autouse=True)
-def _made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each variant builds a TD: it is built once in a test, not once for each answer."""
-    monkeypatch.setattr(exercises, "variant", cache(exercises.variant))
 
 
 def variant(number: str, *, gpaw: int = 48, seed: int = 0) -> Variant:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +163,6 @@ def test_views_have_words_for_those_who_do_not_see_them(panel: PaePanel) -> None
 
 
 # -- the exercises
-
-
-@pytest.fixture(autouse=True)
-def _made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Variants run the model: each is made once in a test, not once for each answer."""
-    monkeypatch.setattr(exercises, "variant", cache(exercises.variant))
 
 
 @pytest.mark.parametrize("number", NUMBERS)
