@@ -24,6 +24,9 @@ from tdxlab.kvm.params import KVM_X86_SW_PROTECTED_VM, MmuParams, VmConfig
 from tdxlab.kvm.slots import KVM_MEM_GUEST_MEMFD
 from tdxlab.kvm.tdp_iter import for_each_tdp_pte
 from tdxlab.machine import Machine
+from tdxlab.policies import KernelPolicy
+from tdxlab.policy import Surroundings, Tally
+from tdxlab.policy_run import zapper
 from tdxlab.races import build
 from tdxlab.steps import Operation
 from tdxlab.study import slot_costs
@@ -347,6 +350,24 @@ def test_holes_and_conversions_reach_pages_that_are_kept_blocked() -> None:
     took = parked.back()
     assert (took["RANGE.UNBLOCK"], took["PAGE.REMOVE"]) == (5, 1)
     assert parked.blocked() == 0
+    invariants.check(parked.machine, "alive")
+
+
+def test_pages_kept_blocked_are_removed_beside_a_zap_policy_of_ones_own() -> None:
+    parked = Parked()
+    td, tally = parked.td, Tally()
+    around = Surroundings(tally, lambda: None, lambda op: None)
+    td.vm.mirror_zapper = zapper(td.tdx, KernelPolicy(), around)
+    assert td.touch(0, 3 * PAGE_SIZE).ok
+    td.punch_hole(SIZE_1G + PAGE_SIZE, 2 * PAGE_SIZE)
+    assert (parked.blocked(), tally.pages) == (6, 0)
+    invariants.check(parked.machine, "alive")
+    td.set_memory_attributes(SIZE_1G + 5 * PAGE_SIZE, PAGE_SIZE, private=False)
+    took = parked.back()
+    assert (took["RANGE.UNBLOCK"], took["PAGE.REMOVE"], tally.pages) == (5, 1, 0)
+    delete(td, parked.backing)
+    td.destroy()
+    assert (tally.pages, len(parked.machine.host.pages.leaked)) == (3, 0)
     invariants.check(parked.machine, "alive")
 
 

@@ -76,11 +76,14 @@ def zap_mirror_leafs_in_batches(
     vm: Vm, root: MmuPage, start: int, end: int, can_yield: bool, flush: bool
 ) -> Flushing:
     """`tdp_mmu_zap_leafs` for a mirror of a VM whose `zap_batch` is not 0; arguments and result as
-    there. A VM with a `mirror_zapper` leaves it to that one.
+    there. A VM with a `mirror_zapper` leaves what is mapped to that one; pages that a parked slot
+    keeps blocked are none of its, and are removed here.
     """
     assert vm.mmu_lock.held(WRITE)
     if vm.mirror_zapper is not None:
-        return (yield from vm.mirror_zapper(root, start, end, flush))
+        flush = yield from vm.mirror_zapper(root, start, end, flush)
+        if not vm.parked:
+            return flush
     pending: list[Blocked] = []
     for it in for_each_tdp_pte(vm, root, start, min(end, tdp_mmu_max_gfn_exclusive(vm))):
         if can_yield and (yield from tdp_mmu_iter_cond_resched(vm, it, flush, WRITE)):
