@@ -176,8 +176,8 @@ class Vm(Journalled):
     where nobody runs any. zap_batch: mirror pages that are removed together; 0: one by one, without
     blocked entries. slot_policies: (slot number or None, policy), `slot_policy.py`; parked: slots
     whose pages are blocked, `parking.py`. mirror_zapper: takes leaves out of a mirror in the place
-    of `zap.py`, but not what a parked slot keeps blocked; None means `zap.py` does. slots, attributes, dirty, guest_memory, user_memory: see
-    their files.
+    of `zap.py`, but not what a parked slot keeps blocked; None means `zap.py` does. slots,
+    attributes, dirty, guest_memory, user_memory: see their files.
     """
 
     tdp_mmu_roots: Field[tuple[int, ...]] = Field(())
