@@ -124,11 +124,20 @@ X86_CR0_PG = 1 << 31
 X86_CR4_PSE = 1 << 4
 X86_CR4_PAE = 1 << 5
 X86_CR4_PGE = 1 << 7
+X86_CR4_LA57 = 1 << 12
 X86_CR4_SMEP = 1 << 20
+X86_CR4_SMAP = 1 << 21
+X86_CR4_PKE = 1 << 22
 
 #: Changing one of these reloads the guest's PDPTEs while it uses PAE paging.
 X86_CR0_PDPTR_BITS = X86_CR0_CD | X86_CR0_NW | X86_CR0_PG
 X86_CR4_PDPTR_BITS = X86_CR4_PAE | X86_CR4_PGE | X86_CR4_PSE | X86_CR4_SMEP
+
+#: Changing one of these makes all roots those of another MMU. PGE is none of them: it only flushes
+#: the TLB. Source: mmu.h.
+KVM_MMU_CR4_ROLE_BITS = (
+    X86_CR4_PSE | X86_CR4_PAE | X86_CR4_LA57 | X86_CR4_SMEP | X86_CR4_SMAP | X86_CR4_PKE
+)
 
 
 # -- quadrants: four-byte entries of the guest shadowed by eight-byte ones

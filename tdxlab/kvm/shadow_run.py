@@ -20,11 +20,13 @@ from tdxlab.kvm.locks import WRITE
 from tdxlab.kvm.pae_cpu import FINE, GP, Hit, vm_entry, walk
 from tdxlab.kvm.pae_guest import VA_LIMIT, GuestFault, GuestWalk, read_pdpte, walk_guest
 from tdxlab.kvm.pae_pdpte import (
+    KVM_MMU_CR4_ROLE_BITS,
     PDPTES,
     X86_CR0_PDPTR_BITS,
     X86_CR0_PG,
     X86_CR4_PAE,
     X86_CR4_PDPTR_BITS,
+    X86_CR4_PGE,
     is_legal_table,
 )
 from tdxlab.kvm.pae_rfc import make_default_pdpte
@@ -243,26 +245,30 @@ def set_cr3(vcpu: ShadowVcpu, cr3: int) -> Generator[Step, None, str]:
 def set_cr0(vcpu: ShadowVcpu, cr0: int) -> Generator[Step, None, str]:
     """The guest's MOV CR0. Returns FINE or GP. Source: x86.c, kvm_set_cr0."""
     vcpu.vm.exit_guest(vcpu)
-    return (yield from _set_paging(vcpu, cr0, vcpu.cr4, X86_CR0_PDPTR_BITS, 0))
+    return (yield from _set_paging(vcpu, cr0, vcpu.cr4))
 
 
 def set_cr4(vcpu: ShadowVcpu, cr4: int) -> Generator[Step, None, str]:
     """The guest's MOV CR4. Returns FINE or GP. Source: x86.c, kvm_set_cr4."""
     vcpu.vm.exit_guest(vcpu)
-    return (yield from _set_paging(vcpu, vcpu.cr0, cr4, 0, X86_CR4_PDPTR_BITS))
+    return (yield from _set_paging(vcpu, vcpu.cr0, cr4))
 
 
-def _set_paging(
-    vcpu: ShadowVcpu, cr0: int, cr4: int, cr0_bits: int, cr4_bits: int
-) -> Generator[Step, None, str]:
-    """Change CR0 and CR4; PDPTEs are read anew if one of the bits changes under PAE paging, and all
-    roots go if the paging mode does. Source: x86.c, kvm_post_set_cr0 and kvm_post_set_cr4.
+def _set_paging(vcpu: ShadowVcpu, cr0: int, cr4: int) -> Generator[Step, None, str]:
+    """Change CR0 and CR4; PDPTEs are read anew if one of their bits changes under PAE paging, all
+    roots go if the MMU becomes another one, and a change of PGE flushes as a load of CR3 does.
+
+    Source: x86.c, kvm_post_set_cr0 and kvm_post_set_cr4. Differs: CR0.WP changes nothing.
     """
-    changed = (vcpu.cr0 ^ cr0) & cr0_bits | (vcpu.cr4 ^ cr4) & cr4_bits
+    cr0_changes, cr4_changes = vcpu.cr0 ^ cr0, vcpu.cr4 ^ cr4
     will_be_pae = bool(cr0 & X86_CR0_PG and cr4 & X86_CR4_PAE) and not vcpu.vm.params.tdp_enabled
-    if changed and will_be_pae and not (yield from load_pdptrs(vcpu, vcpu.cr3)):
+    is_reload = cr0_changes & X86_CR0_PDPTR_BITS or cr4_changes & X86_CR4_PDPTR_BITS
+    if is_reload and will_be_pae and not (yield from load_pdptrs(vcpu, vcpu.cr3)):
         return GP
-    if (vcpu.cr0 ^ cr0) & X86_CR0_PG or (vcpu.cr4 ^ cr4) & X86_CR4_PDPTR_BITS:
+    if cr0_changes & X86_CR0_PG or cr4_changes & KVM_MMU_CR4_ROLE_BITS:
         yield from kvm_mmu_free_roots(vcpu, previous=True)
     vcpu.cr0, vcpu.cr4 = cr0, cr4
+    if cr4_changes & X86_CR4_PGE:
+        vcpu.make_request(MMU_SYNC)
+        vcpu.make_request(TLB_FLUSH)
     return FINE

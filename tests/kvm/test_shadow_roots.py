@@ -169,6 +169,30 @@ def test_set_cr4_reads_the_pdptes_anew_for_some_bits_only(bit: int, reads: bool)
 
 
 @ALL
+def test_set_cr4_keeps_the_roots_and_syncs_when_pge_changes(design: str) -> None:
+    scene = processes(design, 2)
+    for number in (0, 1, 0):
+        switch(scene, number)
+    roots = (scene.vcpu.root, scene.vcpu.prev_roots)
+    assert scene.guest_put(0x21000, 0, 0x61000 | RWU) == "direct"
+    assert scene.access(0).hpa == scene.vm.map.guest.base + 0x50000
+    before = scene.vm.counts["tlb_flush_current"]
+    assert run(set_cr4(scene.vcpu, scene.vcpu.cr4 | X86_CR4_PGE)) == "fine"
+    assert scene.access(0).hpa == scene.vm.map.guest.base + 0x61000
+    assert (scene.vcpu.root, scene.vcpu.prev_roots) == roots
+    assert scene.vm.counts["tlb_flush_current"] == before + 1
+
+
+@pytest.mark.parametrize("bit", [4, 12, 20, 21, 22])
+def test_set_cr4_gives_all_roots_up_for_a_bit_of_the_mmus_role(bit: int) -> None:
+    scene = processes(RFC, 2)
+    for number in (0, 1, 0):
+        switch(scene, number)
+    assert run(set_cr4(scene.vcpu, scene.vcpu.cr4 ^ 1 << bit)) == "fine"
+    assert {scene.vcpu.root, *scene.vcpu.prev_roots} == {NO_ROOT}
+
+
+@ALL
 def test_kept_roots_go_when_everything_is_zapped(design: str) -> None:
     scene = processes(design, 3)
     for number in range(3):
