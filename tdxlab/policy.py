@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tdxlab.abi.status import TDX_SUCCESS, describe, status_name
 from tdxlab.arch import PAGE_SHIFT
@@ -44,8 +44,8 @@ from tdxlab.kvm.spte import SHADOW_NONPRESENT_VALUE, spte_to_pfn
 from tdxlab.kvm.tdx import Tdx
 from tdxlab.kvm.tdx_hooks import retry_without_vcpus, tdx_clear_page
 from tdxlab.kvm.vm import OUTSIDE_GUEST_MODE, gfn_to_gpa, pages_per_level
-from tdxlab.steps import Step
-from tdxlab.stopping import LineLimit, Stopped, Violation, line_of
+from tdxlab.steps import Operation, Step
+from tdxlab.stopping import LineLimit, Stopped, Violation
 
 #: What a call answers that did what it should.
 SUCCESS = "SUCCESS"
@@ -159,7 +159,7 @@ class ZapHost:
         self._regions: set[tuple[int, int]] = set()
         self._last: dict[int, Op] = {}
         self._calls_left = MOST_CALLS + MOST_CALLS_A_PAGE * len(entries)
-        self._limit = LineLimit()
+        self._limit = LineLimit("zap")
 
     # -- what a policy calls
 
@@ -214,17 +214,7 @@ class ZapHost:
 
     def perform(self, policy: ZapPolicy) -> None:
         """Let the policy do its work, and see that it is done. Raises Stopped for what is wrong."""
-        self._limit.start()
-        try:
-            policy.zap(self, list(self._entries))
-        except Exception as mistake:
-            what = f"{type(mistake).__name__}: {mistake}"
-            where = line_of(mistake, policy.zap)
-            raise Stopped(Violation("policy", f"it raised {what}{where}")) from None
-        finally:
-            self._limit.stop()
-        if self._limit.stopped is not None:
-            raise self._limit.stopped
+        self._limit.run(policy.zap, self, list(self._entries))
         self._require_done()
         self._give_back()
 
@@ -280,16 +270,11 @@ class ZapHost:
 
     def _drive(self, operation: Steps[T] | Generator[Step, None, None]) -> T:
         """Make one of KVM's operations, and let the vCPUs go on meanwhile."""
-        counts, tally = self._tdx.host, self._around.tally
-        before = counts.counts["ipi"]
-        try:
-            while True:
-                next(operation)
-                self._around.meanwhile()
-        except StopIteration as end:
-            result: T = end.value
-            tally.ipis += counts.counts["ipi"] - before
-            return result
+        host = self._tdx.host
+        before = host.counts["ipi"]
+        result: T = drive(operation, self._around.meanwhile)
+        self._around.tally.ipis += host.counts["ipi"] - before
+        return result
 
     def _begin(self) -> None:
         self._limit.stop()
@@ -366,6 +351,16 @@ class ZapHost:
             pfn = self._pfn(gfn)
             tdx_clear_page(self._tdx.host, pfn << PAGE_SHIFT)
             vm.guest_memory.put_page(pfn)
+
+
+def drive(operation: Operation, meanwhile: Callable[[], object]) -> Any:
+    """Make an operation to its end, `meanwhile` after each step; returns what it returns."""
+    try:
+        while True:
+            next(operation)
+            meanwhile()
+    except StopIteration as end:
+        return end.value
 
 
 def _status(answer: int | Answer) -> int:

@@ -31,13 +31,14 @@ class Stopped(BaseException):
 
 class LineLimit:
     """Counts the lines of Python that run between `start` and `stop`, and raises Stopped at too
-    many. most: lines.
+    many. what: "zap", for example, in words; most: lines.
 
     Where a debugger or a profiler of lines is at work already, it counts nothing.
     Differs: a loop inside of one call of a built-in function is one line, and can be endless.
     """
 
-    def __init__(self, most: int = MOST_LINES) -> None:
+    def __init__(self, what: str, most: int = MOST_LINES) -> None:
+        self._what = what
         self._most = most
         self._lines = 0
         self._is_on = False
@@ -65,6 +66,22 @@ class LineLimit:
         self.start()
         raise self.stopped
 
+    def run(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call a function that somebody wrote. Raises Stopped if it broke a rule on the way, ran
+        too many lines, or raised something.
+        """
+        self.start()
+        try:
+            function(*arguments)
+        except Exception as mistake:
+            what = f"{type(mistake).__name__}: {mistake}"
+            where = line_of(mistake, function)
+            raise Stopped(Violation("policy", f"it raised {what}{where}")) from None
+        finally:
+            self.stop()
+        if self.stopped is not None:
+            raise self.stopped
+
     def _enter(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
         return self._line if self.stopped is None else None
 
@@ -74,7 +91,7 @@ class LineLimit:
                 raise self.stopped
             self._lines += 1
             if self._lines > self._most:
-                text = f"the zap has no end: {self._most} lines ran without a call of the host's"
+                text = f"the {self._what} has no end: {self._most} lines ran without a call"
                 self.stopped = Stopped(Violation("end", text))
                 raise self.stopped
         return self._line

@@ -35,6 +35,8 @@ from tdxlab.vmm_run import PlayingHost
 HVA_BASE = 0x7F00_0000_0000
 
 Progress = Callable[[int, int], None]
+#: Answers a conversion: (gpa, size in bytes, to private, nobody asked) -> 0 or -errno.
+Converter = Callable[[int, int, bool, bool], Operation]
 
 
 @contextmanager
@@ -97,7 +99,8 @@ class Ioctls(Journalled):
     vm: KVM's side. guest: the software inside. host: the kernel. backings: guest memory, ascending.
     destroyed: all file descriptors are closed. discards: a conversion also throws away the page
     that the guest does not use any more (guest_memfd when it becomes shared). converts: False for a
-    VMM that refuses every conversion.
+    VMM that refuses every conversion. converter: does conversions in the place of the VMM's own
+    code; None in all that is meant to be a VMM as there are.
     """
 
     backings: Field[tuple[Backing, ...]] = Field(())
@@ -109,6 +112,7 @@ class Ioctls(Journalled):
         self.vm = vm
         self.guest = guest
         self.discards = discards
+        self.converter: Converter | None = None
         self.fields = Fields(vm.journal, self)
         self.guest_memory = GuestMemfds(vm)
         self.user_memory = ProcessMemory(vm, host.pages)
@@ -319,11 +323,16 @@ class Ioctls(Journalled):
             if backing.gmem >= 0:
                 yield from self.guest_memory.release(backing.gmem)
 
-    def convert_steps(self, gpa: int, size: int, *, private: bool) -> Operation:
+    def convert_steps(
+        self, gpa: int, size: int, *, private: bool, implicit: bool = False
+    ) -> Operation:
         """The VMM's part of a conversion: attributes, and what is thrown away. Returns 0 or -errno.
 
+        implicit: the guest did not ask, but has used the memory as the other kind.
         Source: QEMU, accel/kvm/kvm-all.c, kvm_convert_memory.
         """
+        if self.converter is not None:
+            return (yield from self.converter(gpa, size, private, implicit))
         ret = yield from self.set_memory_attributes_steps(gpa, size, private=private)
         if ret or not self.discards:
             return ret
@@ -331,8 +340,20 @@ class Ioctls(Journalled):
         if backing is None:
             return 0
         if private:
-            hva = backing.hva + gpa - backing.gpa
-            yield from self.user_memory.munmap(hva, size)
-            self.user_memory.mmap(hva, size)
-            return 0
+            return (yield from self.discard_steps(gpa, size))
         return (yield from self.punch_hole_steps(gpa, size))
+
+    def discard_steps(self, gpa: int, size: int) -> Operation:
+        """The VMM throws the shared pages of these GPAs away, and keeps the mapping. Returns 0, or
+        -EBADF for GPAs without memory.
+
+        Source: QEMU, accel/kvm/kvm-all.c, kvm_convert_memory. Differs: the pages are unmapped, and
+        the place is mapped anew.
+        """
+        backing = self.backing_of(gpa, size)
+        if backing is None:
+            return -EBADF
+        hva = backing.hva + gpa - backing.gpa
+        yield from self.user_memory.munmap(hva, size)
+        self.user_memory.mmap(hva, size)
+        return 0

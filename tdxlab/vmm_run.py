@@ -202,8 +202,10 @@ class Vmm(Protocol):
         """KVM_RUN on the current LP."""
         ...
 
-    def convert_steps(self, gpa: int, size: int, *, private: bool) -> Operation:
-        """Convert memory. Returns 0 or -errno."""
+    def convert_steps(
+        self, gpa: int, size: int, *, private: bool, implicit: bool = False
+    ) -> Operation:
+        """Convert memory. implicit: the guest has not asked. Returns 0 or -errno."""
         ...
 
     def answer(self, vcpu: Vcpu, **values: int) -> None:
@@ -284,7 +286,7 @@ def _memory_fault(vmm: Vmm, exit_: MemoryFaultExit) -> Verdict:
         return MEMORY_FAULT, 0, f"{where}: it is {kind} already, but KVM has no page for it"
     if not vmm.converts:
         return MEMORY_FAULT, 0, f"{where}: it is not {kind}, and this VMM converts nothing"
-    ret = yield from vmm.convert_steps(exit_.gpa, exit_.size, private=private)
+    ret = yield from vmm.convert_steps(exit_.gpa, exit_.size, private=private, implicit=True)
     if ret:
         return MEMORY_FAULT, ret, f"{where}: conversion failed with {strerror(-ret)}"
     return None

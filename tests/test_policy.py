@@ -279,7 +279,7 @@ def test_loops_without_calls_end(monkeypatch: pytest.MonkeyPatch) -> None:
             pages = list(pages)
 
     violation = broken(zap)
-    assert violation == ("end", "the zap has no end: 2000 lines ran without a call of the host's")
+    assert violation == ("end", "the zap has no end: 2000 lines ran without a call")
     assert sys.gettrace() is None
 
 
@@ -287,7 +287,7 @@ def test_line_limit_leaves_a_debugger_alone() -> None:
     def trace(frame: Any, event: str, arg: Any) -> Any:
         return trace
 
-    limit = LineLimit(1)
+    limit = LineLimit("zap", 1)
     sys.settrace(trace)
     try:
         limit.start()

@@ -91,7 +91,7 @@ class ProcessMemory(Journalled):
                     )
         yield from kvm_mmu_notifier_invalidate_range_start(self.vm, hva, end)
         yield ("unmap_page_range", hva, end)
-        for page in self._within(hva, end):
+        for page in self.resident(hva, end):
             self._free(page)
         self.areas = tuple(piece for area in self.areas for piece in _without(area, hva, end))
         yield from kvm_mmu_notifier_invalidate_range_end(self.vm, hva, end)
@@ -126,6 +126,10 @@ class ProcessMemory(Journalled):
     def owned(self) -> list[int]:
         """HPA of each page that the process has, large ones too."""
         return list(self._pages.values())
+
+    def resident(self, start: int, end: int) -> list[int]:
+        """First HVAs in [start, end) of its pages, in the order in which they were allocated."""
+        return [page for page in self._pages if start <= page < end]
 
     # -- what KVM asks
 
@@ -195,10 +199,6 @@ class ProcessMemory(Journalled):
             self._host.free_huge_page(hpa)
         else:
             self._host.free_page(hpa)
-
-    def _within(self, start: int, end: int) -> list[int]:
-        """First HVAs in [start, end) of allocated pages."""
-        return [page for page in self._pages if start <= page < end]
 
 
 def _without(area: Area, start: int, end: int) -> list[Area]:
