@@ -32,7 +32,7 @@ from tdxlab.steps import Operation
 from tdxlab.study import slot_costs
 from tdxlab.study.slot_lab import Meter
 from tdxlab.vmm import Gate
-from tdxlab.vmm_ioctls import Backing
+from tdxlab.vmm_ioctls import HVA_BASE, Backing
 from tdxlab.vmm_td import Td
 
 #: Where slots may be: far apart, so that trees get tables of every level.
@@ -91,6 +91,7 @@ def delete(gate: Gate, backing: Backing) -> dict[str, int]:
         "write": meter.walked[True],
         "read": meter.walked[False],
         "cleared": meter.events["cleared"],
+        "rescanned": meter.events["rescanned"],
     }
 
 
@@ -112,9 +113,11 @@ def counts(gate: Gate) -> dict[str, int]:
     }
 
 
-def plain(root_level: int = 4, maxphyaddr: int = 52, *, quirk: bool = True) -> Gate:
-    params = MmuParams(maxphyaddr=maxphyaddr)
-    machine = Machine(memory="1 GiB", lps=2, packages=1, params=params)
+def plain(
+    root_level: int = 4, maxphyaddr: int = 52, *, quirk: bool = True, prove_mmu: bool = False
+) -> Gate:
+    params = MmuParams(maxphyaddr=maxphyaddr, prove_mmu=prove_mmu)
+    machine = Machine(memory="4 GiB", lps=2, packages=1, params=params)
     config = VmConfig(root_level=root_level, slot_zap_all=quirk)
     vm = machine.create_vm(memory=PAGE_SIZE, config=config)
     vm.set_user_memory_region(0, 0, 0)
@@ -148,6 +151,7 @@ def test_costs_of_a_plain_vm_are_those_of_the_formulas(
             costs = slot_costs.zap_all(tree)
             assert (took["read"], took["write"]) == (costs.walked, 0)
             assert (took["cleared"], -took["tables"]) == (costs.cleared, costs.freed)
+            assert took["rescanned"] == costs.rescanned
             assert (took["kicks"], took["flushes"]) == (1, 0)
             left = layout.gfns - set(layout.range)
             for gfn in left:
@@ -159,6 +163,99 @@ def test_costs_of_a_plain_vm_are_those_of_the_formulas(
             assert (took["cleared"], took["tables"]) == (leaves, 0)
             assert (took["kicks"], took["flushes"]) == (0, int(leaves > 0))
         invariants.check(gate.host.machine, "alive")
+
+
+class Leaves(set[tuple[int, int]]):
+    """Leaves as (level, index at that level), and what follows from them alone."""
+
+    def tables(self, level: int) -> set[int]:
+        """The tables at a level, by their index at the level above."""
+        return {i >> 9 * (level + 1 - leaf) for leaf, i in self if leaf <= level}
+
+    def tree(self, root_level: int, maxphyaddr: int) -> slot_costs.Tree:
+        tables = tuple(len(self.tables(level)) for level in range(1, root_level))
+        root_entries = min(512, 2 ** (maxphyaddr - 12 - 9 * (root_level - 1)))
+        return slot_costs.Tree(tables, len(self), root_entries)
+
+    def overlapping(self, gfns: range, root_level: int) -> int:
+        """Entries of all tables that have one of the gfns."""
+        found = 0
+        for level in range(1, root_level + 1):
+            first, last = gfns[0] >> 9 * (level - 1), gfns[-1] >> 9 * (level - 1)
+            for table in self.tables(level) if level < root_level else {0}:
+                found += max(0, min(last, 512 * table + 511) - max(first, 512 * table) + 1)
+        return found
+
+
+#: First GPA of a slot -> level of the host's pages behind it.
+_MIXED = {0: 1, SIZE_1G: 3, 3 * SIZE_1G: 2, 600 * SIZE_1G: 2}
+
+
+def mixed_layout(gate: Gate, dice: random.Random) -> dict[range, Leaves]:
+    """Slots with host pages of all sizes, used here and there: gfns of a slot -> its leaves. A leaf
+    is as large as the host's page, or less where the slot ends before.
+    """
+    layout = {}
+    for number, (base, most) in enumerate(_MIXED.items()):
+        unit, start = 1 << 9 * (most - 1), base // PAGE_SIZE
+        gfns = range(start, start + unit + dice.randrange(1, 1400))
+        size = -(-len(gfns) // unit) * unit * PAGE_SIZE
+        gate.user_memory.mmap(HVA_BASE + base, size, level=most)
+        gate.set_user_memory_region(number, base, len(gfns) * PAGE_SIZE)
+        layout[gfns] = Leaves()
+        for gfn in [gfns[-1], *dice.choices(gfns, k=dice.randrange(15))]:
+            assert gate.touch(gfn * PAGE_SIZE).ok
+            level = next(
+                level
+                for level in range(most, 0, -1)
+                if (gfn >> 9 * (level - 1) << 9 * (level - 1)) + (1 << 9 * (level - 1)) <= gfns.stop
+            )
+            layout[gfns].add((level, gfn >> 9 * (level - 1)))
+    return layout
+
+
+def use_again(gate: Gate, leaves: Leaves) -> tuple[int, int]:
+    """Touch the first page of each leaf; faults, and tables that it took."""
+    before = counts(gate)
+    for level, index in leaves:
+        assert gate.touch((index << 9 * (level - 1)) * PAGE_SIZE).ok
+    after = counts(gate)
+    return after["faults"] - before["faults"], after["tables"] - before["tables"]
+
+
+@pytest.mark.parametrize(
+    ("root_level", "maxphyaddr", "prove_mmu"), [(4, 52, False), (5, 52, False), (4, 46, True)]
+)
+@pytest.mark.parametrize("policy", ["F", "T"])
+def test_costs_with_leaves_of_all_sizes_follow_from_the_set_of_leaves_alone(
+    root_level: int, maxphyaddr: int, prove_mmu: bool, policy: str
+) -> None:
+    for seed in range(2):
+        dice = random.Random(seed)
+        gate = plain(root_level, maxphyaddr, prove_mmu=prove_mmu)
+        layout = mixed_layout(gate, dice)
+        every = Leaves().union(*layout.values())
+        tree = Leaves(every).tree(root_level, maxphyaddr)
+        going = dice.choice(list(layout))
+        number, slot = list(layout).index(going), layout[going]
+        rest = Leaves(every - slot)
+        gate.choose_slot_policy(policy)
+        size = len(going) * PAGE_SIZE
+        took = delete(gate, Backing(number, going.start * PAGE_SIZE, size, -1, 0))
+        if policy == "F":
+            costs = slot_costs.zap_all(tree, prove_mmu=prove_mmu)
+            assert (took["read"], took["write"]) == (costs.walked, 0)
+            assert (took["rescanned"], took["cleared"]) == (costs.rescanned, costs.cleared)
+            assert (took["tables"], took["flushes"]) == (-sum(tree.tables), 0)
+            left = sum(rest.tree(root_level, maxphyaddr).tables)
+            assert use_again(gate, rest) == (len(rest), left)
+        else:
+            walked = Leaves(every).overlapping(going, root_level)
+            assert (took["write"], took["read"], took["rescanned"]) == (walked, 0, 0)
+            assert (took["cleared"], took["tables"], took["flushes"]) == (len(slot), 0, 1)
+            assert use_again(gate, rest) == (0, 0)
+            gate.set_user_memory_region(number, going.start * PAGE_SIZE, size)
+            assert use_again(gate, slot) == (len(slot), 0)
 
 
 @WIDTHS
@@ -199,19 +296,37 @@ def test_formulas_for_contiguous_memory_are_those_of_the_set(leaf_level: int) ->
         )
 
 
-def test_formulas_give_the_figures_that_were_worked_out_by_hand() -> None:
-    """For a host of 46 bits: 2 GiB and 1 TiB slots, leaves of 4K and 2M."""
-    small = slot_costs.contiguous(slot_costs.pages("8 GiB"), maxphyaddr=46)
-    assert slot_costs.zap_all(small) == (2_107_392, 2_101_760, 2_101_257, 4_105, 2_097_152)
-    assert slot_costs.zap_leafs(slot_costs.pages("2 GiB"))[:2] == (525_315, 524_288)
-    tree = slot_costs.contiguous(
-        slot_costs.pages("1 TiB") + slot_costs.pages("4 GiB"), leaf_level=2, maxphyaddr=46
-    )
-    assert slot_costs.zap_all(tree)[:4] == (1_057_792, 527_872, 527_367, 1_031)
-    assert slot_costs.zap_leafs(1 << 28, leaf_level=2)[:2] == (525_314, 524_288)
+@pytest.mark.parametrize(
+    ("slot", "rest", "leaf_level", "every", "leafs"),
+    [
+        ("2 GiB", "6 GiB", 1, (2_107_392, 2_101_760, 2_101_257, 4_105), (525_315, 524_288)),
+        ("2 GiB", "62 GiB", 1, (16_844_800, 16_810_496, 16_810_049, 32_833), (525_315, 524_288)),
+        ("2 GiB", "6 GiB", 2, (10_240, 4_608, 4_105, 9), (1_027, 1_024)),
+        (
+            *("1 TiB", "4 GiB", 1),
+            (270_541_824, 270_011_904, 270_011_399, 527_367),
+            (268_960_770, 268_435_456),
+        ),
+        ("1 TiB", "4 GiB", 2, (1_057_792, 527_872, 527_367, 1_031), (525_314, 524_288)),
+    ],
+)
+def test_formulas_give_the_figures_that_were_worked_out_by_hand(
+    slot: str, rest: str, leaf_level: int, every: tuple[int, ...], leafs: tuple[int, ...]
+) -> None:
+    """For a host of 46 bits."""
+    npages = slot_costs.pages(slot) + slot_costs.pages(rest)
+    tree = slot_costs.contiguous(npages, leaf_level=leaf_level, maxphyaddr=46)
+    assert slot_costs.zap_all(tree) == (*every, slot_costs.covering(npages, leaf_level))
+    costs = slot_costs.zap_leafs(slot_costs.pages(slot), leaf_level=leaf_level)
+    assert (costs.walked, costs.cleared, costs.faults) == (*leafs, leafs[1])
+
+
+def test_formulas_give_the_figures_for_private_pages_and_for_books_on_shadow_pages() -> None:
     private = slot_costs.remove_private(slot_costs.pages("2 GiB"))
     assert (private.seamcalls, private.kicks, private.lines) == (2_097_152, 524_288, 33_554_432)
-    assert slot_costs.block_private(slot_costs.pages("2 GiB"), level=3)[:2] == (2, 1)
+    blocked = slot_costs.block_private(slot_costs.pages("2 GiB"), level=3)
+    assert (blocked.blocks, blocked.tracks, blocked.kicks, blocked.unblocks) == (2, 1, 1, 2)
+    assert slot_costs.shadow_lookups(slot_costs.pages("2 GiB")) == (525_314, 524_288)
 
 
 # -- who decides

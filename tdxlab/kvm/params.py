@@ -1,5 +1,5 @@
-"""What the CPU and the kernel's module parameters fix for every VM of a host, and what user space
-chooses for one VM. What its type decides stands in `vm_types.py`.
+"""What the CPU, the kernel's build and its module parameters fix for every VM of a host, and what
+user space chooses for one VM. What its type decides stands in `vm_types.py`.
 
 Source: Linux 6.16, arch/x86/kvm/mmu/mmu.c (module parameters).
 """
@@ -19,13 +19,14 @@ from tdxlab.kvm.vm_types import VmFeatures as VmFeatures
 
 @dataclass(frozen=True)
 class MmuParams:
-    """One host's CPU and module parameters, as far as its MMU depends on them.
+    """One host's CPU, kernel and module parameters, as far as its MMU depends on them.
 
     maxphyaddr: physical address width in bits as CPUID reports it, KeyID bits included; 36 to 52.
     ad_bits: the EPT has accessed and dirty bits. execute_only: it has execute-only entries.
     nx_huge_pages: large pages are mapped without X. eager_page_split: dirty logging splits large
     pages when it starts, not at the first write. l1tf: MMIO entries keep their address away from
-    the L1 cache. mmio_caching: MMIO gets entries of its own.
+    the L1 cache. mmio_caching: MMIO gets entries of its own. prove_mmu: the kernel was built with
+    CONFIG_KVM_PROVE_MMU; here that is about how a whole root is zapped, nothing else.
     """
 
     maxphyaddr: int = 52
@@ -35,6 +36,7 @@ class MmuParams:
     eager_page_split: bool = True
     l1tf: bool = False
     mmio_caching: bool = True
+    prove_mmu: bool = False
 
     @property
     def max_gfn(self) -> int:

@@ -230,7 +230,8 @@ def _clear_entry(vm: Vm, it: TdpIter, shared: bool) -> Generator[Step, None, int
 
 def tdp_mmu_zap_root(vm: Vm, root: MmuPage, shared: bool) -> Work:
     """Clear everything below `root`, which itself stays: leaves of 4 KiB first, then entries of 2M,
-    of 1G, and of the root, each with the tables that they link. No TLB is flushed.
+    of 1G, and of the root, each with the tables that they link. A kernel with PROVE_MMU begins with
+    those of 1G. No TLB is flushed.
 
     shared: mmu_lock is held for read, and entries are cleared atomically. A mirror's cannot be: as
     in Linux that is a bug which ends the VM, and the walk hangs.
@@ -238,7 +239,7 @@ def tdp_mmu_zap_root(vm: Vm, root: MmuPage, shared: bool) -> Work:
     """
     if not vm.root_count.get(root.spt):
         vm.warn("tdp_mmu_zap_root: nobody holds the root")
-    for zap_level in (1, 2, 3, root.level):
+    for zap_level in (3, root.level) if vm.params.prove_mmu else (1, 2, 3, root.level):
         yield from _zap_level(vm, root, shared, zap_level)
 
 

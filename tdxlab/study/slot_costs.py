@@ -9,7 +9,8 @@ A tree is known by the number of its tables and leaves, so a terabyte costs no m
 small VMs of any layout the model itself is measured, and agrees.
 
 Source: Linux 6.16, arch/x86/kvm/mmu/tdp_mmu.c (tdp_mmu_zap_root, handle_removed_pt,
-tdp_mmu_zap_leafs); vmx/tdx.c for private pages; TDX module 1.5.01 for what one BLOCK can cover.
+tdp_mmu_zap_leafs); mmu.c (kvm_mmu_zap_memslot) for reverse maps; vmx/tdx.c for private pages; TDX
+module 1.5.01 for what one BLOCK can cover.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from tdxlab.sizes import parse_size
 #: Stores of one MOVDIR64B that clear a page of 4 KiB.
 LINES_PER_PAGE = 64
 
-#: Levels at which a zap of a whole root goes through it, before the root's own level.
-_PASSES = (1, 2, 3)
+#: Levels at which a zap of a whole root goes through it, before the root's own level; and in a
+#: kernel with PROVE_MMU.
+_PASSES, _PASSES_PROVE_MMU = (1, 2, 3), (3,)
 
 
 class Tree(NamedTuple):
@@ -59,6 +61,15 @@ class ZapLeafs(NamedTuple):
     cleared: int
     kept: int
     faults: int
+
+
+class Lookups(NamedTuple):
+    """What T looks up in addition where KVM shadows page tables, page by page: heads of the slot's
+    reverse maps, at 4K, 2M and 1G; buckets: of the hash of shadow pages, unless it is empty.
+    """
+
+    heads: int
+    buckets: int
 
 
 class Private(NamedTuple):
@@ -141,11 +152,13 @@ def per_entry(level: int) -> int:
 # -- F and T
 
 
-def zap_all(tree: Tree) -> ZapAll:
+def zap_all(tree: Tree, *, prove_mmu: bool = False) -> ZapAll:
     """F: four passes through the whole tree. With tables T1, T2, T3 and R entries of the root, four
-    levels: 512 (T1 + 2 T2 + 3 T3) + 4 R entries.
+    levels: 512 (T1 + 2 T2 + 3 T3) + 4 R entries. prove_mmu: of a kernel that has only the last two
+    passes: 512 T3 + 2 R.
     """
-    passes = [sum(tree.tables[level - 1 :]) for level in _PASSES] + [0]
+    levels = _PASSES_PROVE_MMU if prove_mmu else _PASSES
+    passes = [sum(tree.tables[level - 1 :]) for level in levels] + [0]
     freed = sum(tree.tables)
     return ZapAll(
         walked=ENTRIES_PER_TABLE * sum(passes) + len(passes) * tree.root_entries,
@@ -164,6 +177,13 @@ def zap_leafs(npages: int, *, leaf_level: int = 1, root_level: int = 4) -> ZapLe
     kept = sum(npages // per_entry(level + 1) for level in range(leaf_level, root_level))
     leaves = covering(npages, leaf_level)
     return ZapLeafs(walked, leaves, kept, leaves)
+
+
+def shadow_lookups(npages: int) -> Lookups:
+    """T on an aligned slot, mapped or not, of a VM that shadows page tables. Only a formula: the
+    memslots of the model have no reverse maps.
+    """
+    return Lookups(sum(covering(npages, level) for level in (1, 2, 3)), npages)
 
 
 def walked_in(

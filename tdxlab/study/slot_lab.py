@@ -23,7 +23,7 @@ from tdxlab.kvm.locks import WRITE
 from tdxlab.kvm.params import MmuParams, VmConfig
 from tdxlab.kvm.slot_policy import SLOT_POLICIES
 from tdxlab.kvm.slots import KVM_MEM_GUEST_MEMFD, Slot
-from tdxlab.kvm.spte import SPTE_MMU_PRESENT_MASK
+from tdxlab.kvm.spte import FROZEN_SPTE, SPTE_MMU_PRESENT_MASK
 from tdxlab.kvm.vm import Vm
 from tdxlab.machine import Machine
 from tdxlab.tape import Action, Tape
@@ -119,7 +119,7 @@ class SlotTape(Tape):
 
 class Meter:
     """Counts what KVM does in one VM while it listens. A walk asks `vm.need_resched` at every
-    entry that it visits, and is told no.
+    entry that it visits, and is told no; who takes a freed table apart freezes every entry of it.
     """
 
     def __init__(self, vm: Vm) -> None:
@@ -132,6 +132,7 @@ class Meter:
         name = event[0]
         if name == "spte_changed":
             was, now = event[4] & SPTE_MMU_PRESENT_MASK, event[5] & SPTE_MMU_PRESENT_MASK
+            self.events["rescanned"] += event[5] == FROZEN_SPTE
             name = "cleared" if was and not now else name
         self.events[name] += 1
 
@@ -290,14 +291,13 @@ class SlotLab:
         with Meter(vm).on() as meter:
             said = play()
         gained = {name: n - before.get(name, 0) for name, n in self._counters(kind).items()}
-        tables = max(-gained["tables"], 0)
         calls = tuple((name, gained[name]) for name in _LEAVES if gained[name])
         return said, Bill(
             write_lock=meter.walked[True],
             read_lock=meter.walked[False],
-            rescanned=tables * ENTRIES_PER_TABLE,
+            rescanned=meter.events["rescanned"],
             cleared=meter.events["cleared"],
-            freed=tables,
+            freed=max(-gained["tables"], 0),
             faults=gained["faults"],
             flushes=gained["flushes"],
             kicks=gained["kicks"],
