@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Locator, Page
 
 from tdxlab.study.panels import Panel
@@ -26,6 +27,15 @@ BEYOND = """position => {
     const says = document.querySelector('.tdxlab-panel .tdxlab-summary').textContent;
     return Number(/Step (\\d+) of/.exec(says)?.[1] ?? -1) > position;
 }"""
+#: A key counts once it has come to the element (`true`: before any other listener has it).
+LISTEN = """element => {
+    window.keyCame = false;
+    element.addEventListener('keydown', () => { window.keyCame = true; }, true);
+}"""
+KEY_CAME = "() => window.keyCame"
+WRITTEN = "element => element.value ?? element.textContent"
+#: How often a key is pressed that somebody else took.
+TRIES = 5
 OTHER_IMAGE = "old => document.querySelector('.tdxlab-panel .tdxlab-figure').src !== old"
 
 
@@ -68,9 +78,28 @@ class PanelPage:
 
     def press(self, css_class: str, key: str, then: str) -> None:
         """Put the focus on a control, press a key, and wait as `click` does."""
-        self.handle(css_class).focus()
-        self.page.keyboard.press(key)
+        self.strike(self.handle(css_class), key)
         self.wait_for(then)
+
+    def strike(self, control: Locator, key: str) -> None:
+        """Put the focus on a control and press a key until it has come there: for a moment after a
+        run JupyterLab puts the focus back on its cell.
+        """
+        for _ in range(TRIES):
+            control.evaluate(LISTEN)
+            control.press(key)
+            if self.page.evaluate(KEY_CAME):
+                return
+        pytest.fail(f"{key} never came to {control}")
+
+    def write(self, control: Locator, text: str) -> None:
+        """Type a text over what a field says, key by key."""
+        for _ in range(TRIES):
+            self.strike(control, "Control+A")
+            control.press_sequentially(text)
+            if control.evaluate(WRITTEN) == text:
+                return
+        pytest.fail(f"{text!r} was never typed into {control}")
 
     def handle(self, css_class: str) -> Locator:
         """What takes the focus of a control: a slider's handle, the player's button, a button."""
@@ -80,10 +109,9 @@ class PanelPage:
 
     def type_position(self, position: int, then: str) -> None:
         """Type a position into the readout of the slider."""
-        self.part("tdxlab-scrub").locator(".widget-readout").click()
-        self.page.keyboard.press("Control+A")
-        self.page.keyboard.type(str(position))
-        self.page.keyboard.press("Enter")
+        readout = self.part("tdxlab-scrub").locator(".widget-readout")
+        self.write(readout, str(position))
+        self.strike(readout, "Enter")
         self.wait_for(then)
 
     def image(self) -> str:

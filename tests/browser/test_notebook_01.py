@@ -25,9 +25,14 @@ def shown(notebook: LabPage) -> PanelPage:
     return page
 
 
+def type_into_gpa(shown: PanelPage, typed: str) -> None:
+    field = shown.part("tdxlab-gpa").locator("input")
+    shown.write(field, typed)
+    shown.strike(field, "Enter")
+
+
 def type_gpa(shown: PanelPage, typed: str, then: str) -> None:
-    shown.part("tdxlab-gpa").locator("input").fill(typed)
-    shown.page.keyboard.press("Enter")
+    type_into_gpa(shown, typed)
     shown.wait_for(then)
 
 
@@ -70,8 +75,7 @@ def test_splitter_follows_typing_sliding_buttons_and_steps(
 
 
 def test_an_address_of_nobody_is_an_error_in_the_panel(shown: PanelPage) -> None:
-    shown.part("tdxlab-gpa").locator("input").fill("0x1000000000000")
-    shown.page.keyboard.press("Enter")
+    type_into_gpa(shown, "0x1000000000000")
     shown.wait_for_error("is not an address of this guest")
 
 

@@ -26,8 +26,9 @@ def shown(notebook: LabPage) -> PanelPage:
 
 
 def type_gfn(shown: PanelPage, gfn: str) -> None:
-    shown.part("tdxlab-gfn").locator("input").fill(gfn)
-    shown.page.keyboard.press("Enter")
+    field = shown.part("tdxlab-gfn").locator("input")
+    shown.write(field, gfn)
+    shown.strike(field, "Enter")
 
 
 def test_steps_stages_and_keys_show_what_python_counts(

@@ -53,9 +53,8 @@ def assert_same(shown: PanelPage, panel: MeasurePanel) -> None:
 
 def slide(shown: PanelPage, css_class: str, place: int) -> None:
     """Put a slider that chooses on the option at `place`, with the keyboard."""
-    shown.handle(css_class).focus()
     for key in ["Home"] + ["ArrowRight"] * place:
-        shown.page.keyboard.press(key)
+        shown.strike(shown.handle(css_class), key)
 
 
 def is_chosen(shown: PanelPage, said: str) -> bool:
@@ -79,9 +78,7 @@ def choose(shown: PanelPage, change: str, page: int | None, prediction: str) -> 
             break
     else:
         pytest.fail(f"the panel never said {said!r}")
-    button = shown.part("tdxlab-predict").locator("button", has_text=prediction)
-    button.focus()
-    shown.page.keyboard.press("Enter")
+    shown.strike(shown.part("tdxlab-predict").locator("button", has_text=prediction), "Enter")
 
 
 def test_the_page_walks_through_the_build_as_python_does(
