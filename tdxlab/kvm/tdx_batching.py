@@ -16,14 +16,20 @@ from __future__ import annotations
 from errno import EINVAL, EIO
 from typing import TYPE_CHECKING
 
+from tdxlab.abi.status import TDX_TLB_TRACKING_NOT_DONE
 from tdxlab.kvm.external import Hook
-from tdxlab.kvm.seamcall_args import pg_level_to_tdx_sept_level, tdx_operand_busy
+from tdxlab.kvm.seamcall_args import (
+    TDX_SEAMCALL_STATUS_MASK,
+    pg_level_to_tdx_sept_level,
+    tdx_operand_busy,
+)
 from tdxlab.kvm.seamcalls import tdh_mem_range_unblock
 from tdxlab.kvm.tdx_hooks import (
     leak_page,
     retry_without_vcpus,
     tdx_sept_drop_private_spte,
     tdx_sept_zap_private_spte,
+    tdx_track,
 )
 from tdxlab.kvm.vm import gfn_to_gpa
 
@@ -59,12 +65,16 @@ def tdx_sept_remove_blocked_spte(tdx: Tdx, gfn: int, level: int, pfn: int) -> Ho
 
 
 def tdx_sept_unblock_private_spte(tdx: Tdx, gfn: int, level: int) -> Hook:
-    """Let the TD use a page again that is blocked and tracked. Returns 0, or -EIO with the VM dead.
+    """Let the TD use a page again that is blocked and tracked. One that was blocked before the TD
+    could run has not been tracked; that is done now. Returns 0, or -EIO with the VM dead.
 
     Differs: Linux 6.16 never unblocks.
     """
     place = gfn_to_gpa(gfn), pg_level_to_tdx_sept_level(level)
     err, entry, level_state = yield from tdh_mem_range_unblock(tdx.host, tdx.td, *place)
+    if err & TDX_SEAMCALL_STATUS_MASK == TDX_TLB_TRACKING_NOT_DONE:
+        yield from tdx_track(tdx)
+        err, entry, level_state = yield from tdh_mem_range_unblock(tdx.host, tdx.td, *place)
     if err and tdx_operand_busy(err):
         again = tdh_mem_range_unblock(tdx.host, tdx.td, *place)
         err, entry, level_state = yield from retry_without_vcpus(tdx, again)
