@@ -26,12 +26,24 @@ def _never(_result: Any) -> bool:
     return False
 
 
+def words(step: Step) -> str:
+    """A step's label and its plain values for people: numbers in hexadecimal."""
+    label, *values = step
+    plain = [hex(v) if type(v) is int else str(v) for v in values if isinstance(v, int | str)]
+    return " ".join([str(label), *plain])
+
+
+def outcome(result: Any) -> str:
+    """A result for people."""
+    return "no result" if result is None else repr(result)
+
+
 class Actor(NamedTuple):
     """One operation of a scenario. start: makes its generator anew, not started. allowed: says of
     its result whether the scenario expects it. again: says of its result whether it has to start
     over, as a fault has that returned RET_PF_RETRY. own: stores, or parts of stores, at which no
     other actor looks that has something of its own too: a vCPU's registers, for example. An actor
-    without any may look at everything.
+    without any may look at everything. tell: puts its result into words.
     """
 
     name: str
@@ -39,6 +51,7 @@ class Actor(NamedTuple):
     allowed: Callable[[Any], bool] = _any_result
     again: Callable[[Any], bool] = _never
     own: tuple[object, ...] = ()
+    tell: Callable[[Any], str] = outcome
 
 
 class Standing(NamedTuple):
@@ -157,11 +170,11 @@ class Crew:
             step = self._next(number)
         except StopIteration as end:
             ended, again = True, actor.again(end.value)
-            label = f"{label} -> {outcome(end.value)}"
+            label = f"{label} -> {actor.tell(end.value)}"
             self._operations[number], self._steps[number] = None, (START,)
             where = states.number(START if again else self._prints.of(end.value))
             if not again and not actor.allowed(end.value):
-                fault = Fault("result", f"{actor.name} ended with {outcome(end.value)}")
+                fault = Fault("result", f"{actor.name} ended with {actor.tell(end.value)}")
         except Exception as error:
             # Whatever an operation raises is a finding, shown with the schedule that led to it.
             label = f"{label} raises {type(error).__name__}"
@@ -230,15 +243,3 @@ def disturb(actor: Actor, standing: Standing) -> Standing:
         return standing._replace(blocked=False)
     # Where it began no longer matters: two actors that differ in nothing else stand alike.
     return standing._replace(blocked=False, began=0, disturbed=True)
-
-
-def words(step: Step) -> str:
-    """A step's label and its plain values for people: numbers in hexadecimal."""
-    label, *values = step
-    plain = [hex(v) if type(v) is int else str(v) for v in values if isinstance(v, int | str)]
-    return " ".join([str(label), *plain])
-
-
-def outcome(result: Any) -> str:
-    """A result for people."""
-    return "no result" if result is None else repr(result)

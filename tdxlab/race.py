@@ -14,7 +14,7 @@ from tdxlab.abi.registers import Registers
 from tdxlab.bare import BareMachine
 from tdxlab.crew import Actor, Fault
 from tdxlab.explore import BUDGET, Exploration, explore
-from tdxlab.invariants import InvariantBroken
+from tdxlab.invariants import InvariantBroken, host_pages
 from tdxlab.journal import Row
 from tdxlab.kvm.host import KvmHost
 from tdxlab.kvm.seamcall_args import tdx_operand_busy
@@ -98,6 +98,13 @@ class Race(NamedTuple):
             check("alive" if ended else "always")
         except InvariantBroken as broken:
             return Fault(f"invariant {broken.number}: {broken.name}", broken.explanation)
+        return None if self.kernel else self._overtaken()
+
+    def _overtaken(self) -> Fault | None:
+        """Invariant 14 where the host is not KVM: `invariants` asks no such host for it."""
+        for explanation in host_pages.overtaken_pages(self.machine.memory):
+            name = "pages are written back before they change keys"
+            return Fault(f"invariant 14: {name}", explanation)
         return None
 
     @property

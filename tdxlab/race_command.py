@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import TextIO
 
+from tdxlab import tlb_races
 from tdxlab.breaks import BREAKS, broken
 from tdxlab.explore import Exploration
 from tdxlab.races import SCENARIOS, build
@@ -43,7 +44,8 @@ def command(
     if is_json:
         print(as_json(name, number, rule, found, inside_seamcalls=inside_seamcalls), file=out)
     else:
-        print("\n".join(as_text(name, number, rule, found)), file=out)
+        lines = as_text(name, number, rule, found, has_kvm=race.kernel is not None)
+        print("\n".join(lines), file=out)
     return EXIT_VIOLATIONS if found.violations else 0
 
 
@@ -75,12 +77,16 @@ def as_json(
     )
 
 
-def as_text(name: str, vcpus: int, rule: str | None, found: Exploration) -> Iterator[str]:
-    """Lines for people."""
+def as_text(
+    name: str, vcpus: int, rule: str | None, found: Exploration, *, has_kvm: bool = True
+) -> Iterator[str]:
+    """Lines for people. has_kvm: the scenario's host is KVM."""
     yield f"{name} with {vcpus} vCPU{'s' if vcpus > 1 else ''}: {SCENARIOS[name].what}"
     if rule is not None:
         yield f"with the break {rule}: {BREAKS[rule].what}"
         yield f"what {BREAKS[rule].scenario} shows: {BREAKS[rule].shows}"
+        if not has_kvm and not BREAKS[rule].reaches(tlb_races):
+            yield "nothing changes here: it is a rule for KVM, and this scenario's host is another"
     schedules = "schedules without end" if found.complete else "schedules not counted"
     if found.schedules is not None:
         schedules = f"{found.schedules:,} schedules"

@@ -11,7 +11,7 @@ does not halt, and no page is lost; results are those that the operation may hav
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from errno import EFAULT
+from errno import EFAULT, errorcode
 from typing import Any, NamedTuple
 
 from tdxlab import tlb_races
@@ -29,6 +29,7 @@ from tdxlab.kvm.page_fault import (
     PFERR_USER_MASK,
     PFERR_WRITE_MASK,
     RET_PF_FIXED,
+    RET_PF_NAMES,
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
 )
@@ -176,7 +177,13 @@ def _faulting(td: Td, number: int, gpa: int, *results: int) -> Actor:
         lambda result: result in allowed,
         lambda result: bool(result == RET_PF_RETRY),
         _own(td, number),
+        _fault_result,
     )
+
+
+def _fault_result(result: int) -> str:
+    """What a fault returned, by its name: RET_PF_*, or -errno."""
+    return RET_PF_NAMES[result] if result >= 0 else f"-{errorcode[-result]}"
 
 
 def _faults(td: Td, gpas: list[int], *results: int) -> tuple[Actor, ...]:

@@ -192,8 +192,7 @@ def taking_away(threads: Threads, other: HostTd) -> Operation:
         status = threads.call(abi.TDH_MEM_PAGE_REMOVE, rcx=GPA, rdx=td.tdr)
     if status:
         return status_name(status)
-    yield ("TDH.PHYMEM.PAGE.WBINVD", hpa)
-    threads.call(abi.TDH_PHYMEM_PAGE_WBINVD, rcx=machine.memory.join(hpa, td.keyid))
+    yield from write_back(threads, hpa)
     machine.clear(hpa)
     yield ("TDH.MEM.PAGE.AUG", GPA)
     status = threads.call(abi.TDH_MEM_PAGE_AUG, rcx=GPA, rdx=other.tdr, r8=hpa)
@@ -201,6 +200,13 @@ def taking_away(threads: Threads, other: HostTd) -> Operation:
     machine.tdcall(OTHER_LP, abi.TDG_MEM_PAGE_ACCEPT, Registers(rcx=GPA))
     machine.write_guest(OTHER_LP, GPA, b"not yours")
     return status_name(status)
+
+
+def write_back(threads: Threads, hpa: int) -> Operation:
+    """TDH.PHYMEM.PAGE.WBINVD: write back what caches have of the page under its old KeyID."""
+    yield ("TDH.PHYMEM.PAGE.WBINVD", hpa)
+    rcx = threads.machine.memory.join(hpa, threads.td.keyid)
+    threads.call(abi.TDH_PHYMEM_PAGE_WBINVD, rcx=rcx)
 
 
 def begin_epoch(threads: Threads) -> Calling:

@@ -47,6 +47,21 @@ def test_explore_prints_a_table_of_the_shortest_schedule(
     assert "punch hole" in text
 
 
+@pytest.mark.parametrize(("rule", "changes"), [("no-freeze", False), ("no-track", True)])
+def test_explore_says_where_a_rule_of_kvm_changes_nothing(
+    rule: str, changes: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["explore", "tlb-tracking", "--vcpus", "1", "--break", rule]
+    assert main(arguments) == int(changes)
+    said = "nothing changes here: it is a rule for KVM" in capsys.readouterr().out
+    assert said is not changes
+
+
+def test_explore_names_what_a_fault_returns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explore", "same-page", "--break", "no-freeze"]) == 1
+    assert "TDH.MEM.PAGE.AUG 0x5000 0x0 0x1000b6000 -> RET_PF_RETRY" in capsys.readouterr().out
+
+
 def test_explore_looks_inside_seamcalls_if_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
     counts = []
     for arguments in (["same-page"], ["same-page", "--inside-seamcalls"]):

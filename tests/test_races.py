@@ -12,7 +12,6 @@ from tdxlab.crew import Actor, Fault
 from tdxlab.explore import replayed
 from tdxlab.invariants import InvariantBroken, Watch
 from tdxlab.invariants.pamt_rows import PamtRows
-from tdxlab.kvm.page_fault import RET_PF_RETRY
 from tdxlab.kvm.tdx import TdxVcpu
 from tdxlab.player import Player
 from tdxlab.races import SCENARIOS, build
@@ -100,7 +99,7 @@ def test_inside_seamcalls_a_busy_entry_remembers_that_the_host_wants_it() -> Non
         assert [bool(raw & sept.HOST_PRIORITY) for raw in locked] == [True]
         assert not sept.FREE_ENTRY & sept.HOST_PRIORITY
         player.move("vCPU 0")
-        assert player.move("vCPU 1") == f"wait SEAMCALL 0x1 -> {RET_PF_RETRY}"
+        assert player.move("vCPU 1") == "wait SEAMCALL 0x1 -> RET_PF_RETRY"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +179,16 @@ def test_explore_names_a_result_that_the_scenario_does_not_allow() -> None:
     with replayed(race.actors, race.machine.journal, violation.schedule) as fault:
         assert fault is not None
         assert fault.explanation == violation.explanation
+
+
+def test_a_fault_without_a_memslot_is_named_by_its_errno() -> None:
+    race = build("slot-delete", 1)
+    with Player(race.actors, race.machine.journal) as player:
+        for who in ("delete slot", "vCPU 0"):
+            while player.next_steps[who]:
+                label = player.move(who)
+    assert label is not None
+    assert label.endswith(" -> -EFAULT")
 
 
 def test_explore_names_a_warning() -> None:

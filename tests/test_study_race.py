@@ -125,7 +125,7 @@ def test_step_of_tells_the_two_steps_of_a_seamcall_apart() -> None:
     call = "TDH.MEM.PAGE.AUG 0x5000 0x0"
     assert step_of(call) == step_of(call, ["start"]) == "TDH.MEM.PAGE.AUG"
     assert step_of(call, [call]) == "TDH.MEM.PAGE.AUG inside"
-    assert step_of(call, [f"{call} -> 1"]) == "TDH.MEM.PAGE.AUG"
+    assert step_of(call, [f"{call} -> RET_PF_RETRY"]) == "TDH.MEM.PAGE.AUG"
 
 
 def test_first_words_leave_addresses_out() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tdxlab import tlb_races
 from tdxlab.breaks import BREAKS, broken
 from tdxlab.explore import explore, replayed
 from tdxlab.races import Race, build
@@ -82,6 +83,27 @@ def test_the_module_refuses_a_host_that_forgets_half_of_the_protocol(rule: str) 
     assert found.complete
     assert [violation.invariant for violation in found.violations] == ["result"]
     assert "TDX_TLB_TRACKING_NOT_DONE" in found.violations[0].explanation
+
+
+@BOTH
+def test_a_host_that_writes_nothing_back_may_lose_the_page_it_clears(vcpus: int) -> None:
+    race = build("tlb-tracking", vcpus)
+    with broken("no-writeback"):
+        found = race.explore()
+        (violation,) = found.violations
+        assert found.complete
+        assert violation.invariant.startswith(BREAKS["no-writeback"].found)
+        assert violation.schedule[-1] == ("host", f"TDH.MEM.PAGE.REMOVE {GPA:#x}")
+        with replayed(race.actors, race.machine.journal, violation.schedule):
+            assert race.check(False) == (violation.invariant, violation.explanation)
+    kvm = build("zap-enter", 1)
+    with broken("no-writeback"):
+        assert [v.invariant for v in kvm.explore().violations] == [violation.invariant]
+
+
+def test_breaks_reach_the_host_without_kvm_where_it_keeps_the_same_rule() -> None:
+    found = {name for name, rule in BREAKS.items() if rule.reaches(tlb_races)}
+    assert found == {"no-track", "no-kick", "no-tracking", "no-writeback"}
 
 
 def test_tracking_alone_is_enough_where_nobody_is_inside() -> None:

@@ -10,6 +10,7 @@ from tdxlab.invariants.picture import Picture, name_of
 from tdxlab.kvm.locks import WRITE
 from tdxlab.kvm.tdx import TdxVcpu
 from tdxlab.kvm.vm import IN_GUEST_MODE
+from tdxlab.memory import Memory
 from tdxlab.seam.rules import HKID_RESERVED, PT_NDA
 
 
@@ -101,8 +102,13 @@ def keyids_are_those_of_the_module(picture: Picture) -> Iterator[str]:
 
 def pages_are_written_back_before_they_change_keys(picture: Picture) -> Iterator[str]:
     """14: nothing that is dirty under an old KeyID can overwrite what a page holds now."""
-    memory = picture.machine.memory
-    for pfn in memory.caches.overtaken if picture.host is not None else ():
+    if picture.host is not None:
+        yield from overtaken_pages(picture.machine.memory)
+
+
+def overtaken_pages(memory: Memory) -> Iterator[str]:
+    """What 14 says of each page that took another KeyID too early, whoever the host is."""
+    for pfn in memory.caches.overtaken:
         yield (
             f"the page {pfn << PAGE_SHIFT:#x} was given another KeyID while lines of its old one "
             "may be dirty in a cache"

@@ -18,7 +18,6 @@ from typing import NamedTuple
 from tdxlab import views
 from tdxlab.arch import HPA_MASK, PAGE_SHIFT, SEPT_LEVEL_NAMES
 from tdxlab.breaks import BREAKS, broken
-from tdxlab.kvm.page_fault import RET_PF_FIXED, RET_PF_RETRY, RET_PF_SPURIOUS
 from tdxlab.kvm.spte import FROZEN_SPTE, SPTE_MMU_PRESENT_MASK
 from tdxlab.kvm.tdp_mmu import kvm_tdp_mmu_get_walk
 from tdxlab.races import THREAD_LP, Race, build
@@ -36,12 +35,6 @@ MOST_MOVES = 400
 
 #: What a thread that has ended comes to.
 DONE = "done"
-
-_RESULTS = {
-    RET_PF_RETRY: "RET_PF_RETRY",
-    RET_PF_FIXED: "RET_PF_FIXED",
-    RET_PF_SPURIOUS: "RET_PF_SPURIOUS",
-}
 
 
 class Contested(NamedTuple):
@@ -291,15 +284,12 @@ class RaceLab:
 
 def _ended_with(result: str) -> str:
     """A result for people: that of a thread, 0, says nothing that "done" does not."""
-    return result if result in _RESULTS.values() else DONE
+    return result if result.startswith("RET_PF_") else DONE
 
 
 def result_of(label: str) -> str:
     """The result in the label of an operation's last move, "" in that of another move."""
-    _, arrow, result = label.partition(" -> ")
-    if not arrow:
-        return ""
-    return _RESULTS.get(int(result), result) if result.isdecimal() else result
+    return label.partition(" -> ")[2]
 
 
 def step_of(label: str, before: Sequence[str] = ()) -> str:
