@@ -216,7 +216,7 @@ def test_seeds_give_variants_and_each_is_reproducible(number: str) -> None:
 # -- the notebook's cells, run in this process
 
 
-_TABLES = ("kept_rows", "bill_rows", "yield_rows", "level_rows", "beside_rows")
+_TABLES = ("kept_rows", "bill_rows", "huge_rows", "yield_rows", "level_rows", "beside_rows")
 _ONCE = {name: cache(getattr(slot_tables, name)) for name in _TABLES}
 
 
@@ -267,6 +267,8 @@ DAMAGES: dict[str, list[tuple[Any, str, Any, str]]] = {
     "in the study": [
         (slot_costs, "LINES_PER_PAGE", 1, "private-run"),
         (slot_tables, "walked_by_formula", lambda *_: 0, "bill-run"),
+        (slot_costs, "_overlap", lambda *_: 1, "huge-run"),
+        (slot_costs, "shadow_lookups", lambda npages: slot_costs.Lookups(0, 0), "books-run"),
         (panel_slot, "sept_map", lambda lab: "<svg></svg>", "panel"),
         (SlotPanel, "_use", lambda self, place: None, "panel-drive"),
     ],

@@ -23,6 +23,7 @@ from tdxlab.study.slot_lab import DEFAULT, REST, SLOT, TD, SlotLab
 from tdxlab.study.slot_tables import (
     beside_rows,
     bill_rows,
+    huge_rows,
     kept_rows,
     level_rows,
     yield_rows,
@@ -73,7 +74,8 @@ def test_delete_goes_by_the_policy_that_is_given(lab: SlotLab) -> None:
     lab.use(DEFAULT, SLOT, 4)
     assert lab.delete(DEFAULT, policy="T").bill.freed == 0
     lab.tape.seek(lab.tape.position - 1)
-    assert lab.delete(DEFAULT, policy="F").bill.freed == 3
+    bill = lab.delete(DEFAULT, policy="F").bill
+    assert (bill.freed, bill.rescanned) == (3, 3 * 512)
 
 
 def test_a_smaller_slot_removes_what_was_blocked(lab: SlotLab) -> None:
@@ -146,6 +148,20 @@ def test_bill_rows_agree_with_the_formulas(gpaw: int) -> None:
     private = {row.policy: (row.seamcalls, row.kicks) for row in rows if row.vm == TD}
     assert private == {"T": (32, 8), "F": (0, 1), "B": (9, 1)}
     assert [row.freed for row in rows if row.vm == DEFAULT] == [5, 0]
+
+
+@WIDTHS
+def test_huge_rows_agree_with_the_formulas(gpaw: int) -> None:
+    rows = huge_rows(gpaw, 4)
+    assert [(row.vm, row.policy) for row in rows] == [
+        *((DEFAULT, "F"), (DEFAULT, "T")),
+        *((TD, "T"), (TD, "B")),
+    ]
+    assert all(row.walked == row.formula > 0 for row in rows)
+    tables = 10 if gpaw == 48 else 11
+    assert [row.cleared for row in rows] == [4 + 10, 4, 4, 4]
+    assert [row.tables_before for row in rows] == [10, 10, tables, tables]
+    assert [row.tables_after for row in rows] == [0, 10, tables, tables]
 
 
 def test_faults_come_through_beside_f_and_not_beside_t() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -12,9 +12,11 @@ from tdxlab.accesses import Write
 from tdxlab.arch import PAGE_SIZE, SIZE_1G
 from tdxlab.host import Host
 from tdxlab.host_td import HostTd
+from tdxlab.machine import Machine
 from tdxlab.scenarios import booted_machine
 from tdxlab.study import slot_costs
-from tdxlab.study.slot_lab import DEFAULT, MOST_PAGES, PLACES, REST, SLOT, TD, SlotLab
+from tdxlab.study.slot_lab import DEFAULT, MOST_PAGES, PLACES, REST, SLOT, TD, Meter, SlotLab
+from tdxlab.vmm import Gate
 
 # -- what goes and what stays
 
@@ -100,6 +102,58 @@ def bill_rows(gpaw: int, npages: int = 64) -> list[BillRow]:
         row = (bill.write_lock, bill.read_lock, walked, bill.cleared, bill.freed, bill.flushes)
         rows.append(BillRow(vm, policy, *row, bill.seamcalls, bill.kicks))
     return rows
+
+
+class HugeRow(NamedTuple):
+    """A slot of 1 TiB is deleted by the model, with few of its pages in use, far apart. used: how
+    many; walked: entries visited, counted; formula: the same by `slot_costs`; cleared: SPTEs;
+    tables_before, tables_after: page tables of the VM.
+    """
+
+    vm: str
+    policy: str
+    used: int
+    walked: int
+    formula: int
+    cleared: int
+    tables_before: int
+    tables_after: int
+
+
+def huge_rows(gpaw: int, used: int = 64) -> list[HugeRow]:
+    """One row for each of CHOICES that does its job."""
+    choices = [choice for choice in CHOICES if choice != (TD, "F")]
+    return [_huge_row(gpaw, vm, policy, used) for vm, policy in choices]
+
+
+def _huge_row(gpaw: int, kind: str, policy: str, used: int) -> HugeRow:
+    machine = Machine(gpaw=gpaw, memory="1 GiB", lps=2, packages=1)
+    create: Callable[..., Gate] = machine.create_td if kind == TD else machine.create_vm
+    gate = create(memory=PAGE_SIZE)
+    slot = gate.add_memory(_HUGE, _HUGE, private=kind == TD)
+    gfns = range(_HUGE // PAGE_SIZE, 2 * _HUGE // PAGE_SIZE, _HUGE // PAGE_SIZE // used)
+    for gfn in gfns:
+        gate.touch(gfn * PAGE_SIZE)
+    level, before = gate.vm.config.root_level, gate.vm.stats["pt_pages"]
+    gate.choose_slot_policy(policy)
+    with Meter(gate.vm).on() as meter:
+        gate.set_user_memory_region(slot.slot, slot.gpa, 0)
+    walked, cleared = meter.walked.total(), meter.events["cleared"]
+    formula = _huge_formula(gfns, policy, level, kind == TD)
+    return HugeRow(kind, policy, used, walked, formula, cleared, before, gate.vm.stats["pt_pages"])
+
+
+def _huge_formula(gfns: Sequence[int], policy: str, level: int, is_td: bool) -> int:
+    """Entries to visit; a TD has an empty direct root besides."""
+    if policy == "F":
+        return slot_costs.zap_all(slot_costs.mapped(gfns, root_level=level)).walked
+    start, end = _HUGE // PAGE_SIZE, 2 * _HUGE // PAGE_SIZE
+    roots = [gfns, []] if is_td else [gfns]
+    return sum(slot_costs.walked_in(start, end, root, root_level=level) for root in roots)
+
+
+#: Bytes: the slot's size, and where it begins.
+_HUGE = 1 << 40
 
 
 def walked_by_formula(lab: SlotLab, vm: str, policy: str, npages: int) -> int:
