@@ -32,9 +32,9 @@ def _is_row(given: Any, length: int) -> bool:
 _VMS = (
     ("a TD, with the quirk SLOT_ZAP_ALL as it is by default", "TD", True),
     ("a DEFAULT VM, with the quirk SLOT_ZAP_ALL as it is by default", "DEFAULT", True),
-    ("a DEFAULT VM that turned the quirk SLOT_ZAP_ALL off", "DEFAULT", False),
+    ("a DEFAULT VM, with the quirk SLOT_ZAP_ALL turned off", "DEFAULT", False),
     ("a SW_PROTECTED VM, with the quirk SLOT_ZAP_ALL as it is by default", "SW", True),
-    ("a SW_PROTECTED VM that turned the quirk SLOT_ZAP_ALL off", "SW", False),
+    ("a SW_PROTECTED VM, with the quirk SLOT_ZAP_ALL turned off", "SW", False),
 )
 
 
@@ -53,7 +53,7 @@ def _decision(gpaw: int, seed: int) -> Variant:
             "Two things have to be true for F: one about the type of the VM, one about the quirk."
         )
 
-    question = f"User space of {told} deletes a memslot. Does Linux 6.16 go by F or by T?"
+    question = f"User space deletes a memslot of {told}. Does Linux 6.16 go by F or by T?"
     return Variant(question, right, hint)
 
 
@@ -212,8 +212,8 @@ def _again(_gpaw: int, seed: int) -> Variant:
 # -- 09.7: where they meet
 
 _USED = ("1 GiB", "256 MiB", "4 GiB", "8 GiB", "512 MiB")
-#: An answer may be off by so much.
-_NEAR = 0.05
+#: An answer may be off by so much; beyond this it is no size of any memory.
+_NEAR, _MOST_GIB = 0.05, 1 << 30
 
 
 def _meet(_gpaw: int, seed: int) -> Variant:
@@ -224,13 +224,13 @@ def _meet(_gpaw: int, seed: int) -> Variant:
         return isinstance(given, int | float) and abs(given - right) <= max(_NEAR * right, 1)
 
     def hint(given: Any) -> str:
-        if not isinstance(given, int | float):
-            return "Give a number of GiB; 5 percent more or less do not matter."
-        slot = max(int(given), 1)
-        both = slot_costs.delay(slot * pages("1 GiB"), pages(used), price)
+        if not (isinstance(given, int | float) and 0 < given < _MOST_GIB):
+            return "Give a number of GiB above 0; 5 percent more or less do not matter."
+        slot = max(round(given * pages("1 GiB")), 1)
+        both = slot_costs.delay(slot, pages(used), price)
         return (
-            f"With a slot of {slot} GiB T visits {both.leafs_lock} entries under the lock, and F's "
-            f"faults are worth {both.all_faults}. They should be about the same."
+            f"With a slot of {given} GiB T visits {both.leafs_lock} entries under the lock, and "
+            f"F's faults are worth {both.all_faults}. They should be about the same."
         )
 
     question = (
