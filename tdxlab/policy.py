@@ -70,17 +70,10 @@ T = TypeVar("T", int, Answer)
 Steps = Generator[Step, None, T]
 
 
-class ZapPolicy:
-    """How pages are taken out of a TD. Write `zap`, and give it a `name` if you like."""
+class Policy:
+    """What somebody wrote, of whatever kind."""
 
     name = ""
-
-    def zap(self, host: ZapHost, pages: Sequence[int]) -> None:
-        """Remove all of `pages` from the TD, and write each back.
-
-        host: what can be done. pages: the gfns that are mapped privately, ascending, one at least.
-        """
-        raise NotImplementedError(f"{self.title} has no `zap`; write one")
 
     @property
     def title(self) -> str:
@@ -89,6 +82,17 @@ class ZapPolicy:
 
     def __repr__(self) -> str:
         return self.title
+
+
+class ZapPolicy(Policy):
+    """How pages are taken out of a TD. Write `zap`, and give it a `name` if you like."""
+
+    def zap(self, host: ZapHost, pages: Sequence[int]) -> None:
+        """Remove all of `pages` from the TD, and write each back.
+
+        host: what can be done. pages: the gfns that are mapped privately, ascending, one at least.
+        """
+        raise NotImplementedError(f"{self.title} has no `zap`; write one")
 
 
 class Op(NamedTuple):

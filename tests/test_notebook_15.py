@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tdxlab import policy, policy_run
+from tdxlab import policy, policy_bench, policy_run
 from tdxlab.policies import AllAtOnce, Batches, ForgetsOne, KernelPolicy, Patient
 from tdxlab.policy import ZapHost, ZapPolicy
 from tdxlab.study import check, exercises, exercises_15, panel_policy, policy_tables
@@ -242,7 +242,7 @@ def test_damage_turns_its_cell_red(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_damage_to_kvms_part_turns_its_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy_run, "zapper", lambda *_: None)
+    monkeypatch.setattr(policy_bench, "zapper", lambda *_: None)
     red = ("mine-run", "region-run", "raises-run", "luck-run")
     assert changed_among(PATH, (*_FIRST, *red)) == list(red)
 

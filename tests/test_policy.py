@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tdxlab import policy_run, workloads
+from tdxlab import policy_bench, workloads
 from tdxlab.abi.status import OPERAND_ID_RCX, TDX_OPERAND_BUSY, TDX_SUCCESS
 from tdxlab.policies import (
     POLICIES,
@@ -25,7 +25,8 @@ from tdxlab.policies import (
     flush,
 )
 from tdxlab.policy import SUCCESS, Op, Tally, ZapHost, ZapPolicy
-from tdxlab.policy_run import Result, kernels_own, leaderboard, run, standings
+from tdxlab.policy_results import Result, standings
+from tdxlab.policy_run import kernels_own, leaderboard, run
 from tdxlab.stopping import LineLimit, Stopped, Violation
 from tdxlab.study.policy_tables import formula, one_zap
 from tdxlab.workloads import Event, Workload
@@ -361,7 +362,7 @@ def test_what_cannot_be_run_is_refused_with_what_to_do() -> None:
 def test_damage_to_the_counting_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tdxlab.policy.Tally.count", lambda self, leaf: None)
     assert run(KernelPolicy, SMALL).seamcalls != formula(8, 1, 2)[0]
-    monkeypatch.setattr(policy_run, "zapper", lambda *_: None)
+    monkeypatch.setattr(policy_bench, "zapper", lambda *_: None)
     assert run(KernelPolicy, SMALL).pages == 0
 
 

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 
 from tdxlab.policies import AllAtOnce, KernelPolicy, RegionOnly, WaitsForEver
 from tdxlab.policy import RULES
-from tdxlab.policy_run import Result, run
+from tdxlab.policy_results import Result
+from tdxlab.policy_run import run
 from tdxlab.stopping import Violation
 from tdxlab.study import policy_tables as tables
 from tdxlab.study.policy_lab import (

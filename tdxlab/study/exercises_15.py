@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from tdxlab.policies import WRONG_POLICIES, AllAtOnce, Batches, KernelPolicy, Patient
-from tdxlab.policy import RULES, SUCCESS, Op, Tally, ZapHost, ZapPolicy
-from tdxlab.policy_run import Result, run
+from tdxlab.policy import RULES, SUCCESS, Op, ZapHost, ZapPolicy
+from tdxlab.policy_results import Result
+from tdxlab.policy_run import run
 from tdxlab.study.exercises import Exercise, Variant
 from tdxlab.study.policy_tables import formula, one_zap
 from tdxlab.vmm_td import Td
@@ -161,7 +162,7 @@ def _answered(moves: Sequence[str], gpaw: int) -> str:
     """What the last of some calls is answered."""
     ops: list[Op] = []
 
-    def see(_td: Td, op: Op, _tally: Tally) -> None:
+    def see(_td: Td, op: Op, _tally: object) -> None:
         ops.append(op)
 
     run(_Script(moves), one_zap(mapped=8), gpaw=gpaw, watch=see)

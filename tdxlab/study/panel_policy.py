@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from tdxlab import workloads
 from tdxlab.policies import POLICIES, WRONG_POLICIES
 from tdxlab.policy import ZapPolicy
-from tdxlab.policy_run import Result
+from tdxlab.policy_results import Result
 from tdxlab.study import plots
 from tdxlab.study.panels import Panel
 from tdxlab.study.policy_lab import BLOCKED, Frame, PolicyTape, record

@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 from tdxlab import policy_run, views
 from tdxlab.arch import PAGE_SHIFT, SIZE_2M
+from tdxlab.conversion import ConversionTally
 from tdxlab.kvm.blocked import is_blocked_spte
 from tdxlab.kvm.spte import is_present_leaf
 from tdxlab.kvm.tdp_iter import for_each_tdp_pte
 from tdxlab.kvm.vm import OUTSIDE_GUEST_MODE
 from tdxlab.policy import Op, Tally, ZapPolicy
-from tdxlab.policy_run import Result
+from tdxlab.policy_results import Result
 from tdxlab.seam.rules import SEPT_STATE_BY_BITS, SEPT_STATE_MASK
 from tdxlab.tape import Action, Tape
 from tdxlab.vmm_td import Td
@@ -90,9 +91,9 @@ class _Recorder:
         self._pages = dict.fromkeys(range(PAGES), NOTHING)
         #: gfn -> index of its mirror entry in memory's words, and of its S-EPT entry
         self._words: dict[int, tuple[int, int]] = {}
-        self._seen: tuple[Td, Tally] | None = None
+        self._seen: tuple[Td, Tally | ConversionTally] | None = None
 
-    def see(self, td: Td, op: Op, tally: Tally) -> None:
+    def see(self, td: Td, op: Op, tally: Tally | ConversionTally) -> None:
         """A call is done, or an event begins."""
         self._seen = td, tally
         self._add(op, self._all() if op.name.islower() or op.level > 1 else self._one(op.gfn))

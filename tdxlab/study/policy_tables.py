@@ -11,7 +11,8 @@ from tdxlab import workloads
 from tdxlab.invariants import INVARIANTS
 from tdxlab.policies import WRONG_POLICIES, AllAtOnce, Batches, KernelPolicy, RegionFirst
 from tdxlab.policy import RULES, ZapPolicy
-from tdxlab.policy_run import Result, kernels_own, run
+from tdxlab.policy_results import Result
+from tdxlab.policy_run import kernels_own, run
 from tdxlab.study import plots
 from tdxlab.study.palette import BLACK, BLUE, GREEN, GREY, SKY, VERMILLION, WHITE, YELLOW, Look
 from tdxlab.study.plots import Series, stacked_bars

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tdxlab.policy_run import Result
+from tdxlab.policy_results import Result
 from tdxlab.study.console_views import html_table
 from tdxlab.study.palette import BLACK, GREEN, SEPT_LOOKS, VERMILLION, Look
 from tdxlab.study.policy_lab import BLOCKED, FREE, MAPPED, Page
