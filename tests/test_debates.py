@@ -29,12 +29,14 @@ from tdxlab.study import (
 from tdxlab.study.debate_tools import substituted
 from tdxlab.study.debates import DEBATES, Experiment, debate, debate_rows, verdict_rows
 from tdxlab.study.debates_plots import plot_rounds
+from tdxlab.study.debates_positions import POSITIONS, Position
 
 GPAWS = (48, 52)
 
 #: Name -> columns of the table.
 COLUMNS = {
-    "D1": "walker wrong_gfns dirty_lost left_mapped root_entries unseen unseen_used true_events",
+    "D1": "walker wrong_gfns dirty_lost left_mapped root_entries unseen unseen_used true_events "
+    "flush_misses",
     "D2": "address gfn root private_write shared_write",
     "D3": "vm rule private_write shared_write",
     "D5": "vm key changes known unknown hooks tables rmp",
@@ -46,8 +48,9 @@ COLUMNS = {
     "D12": "zap meets starts waits retries longest dead why",
     "D13": "vm flush zapped stale needless",
     "D14": "order asked answer vm",
-    "D15": "protocol vcpus starts rounds wasted retries dead why",
+    "D15": "protocol vcpus starts rounds wasted busy retries dead why",
     "D16": "deed reads seamcalls without mirror_tables",
+    "D18": "vm exists way wrong predicates otherwise",
     "D20": "kind style impossible types status nobody harmless",
     "D21": "filter events private shared seamcalls lost guest",
 }
@@ -98,9 +101,27 @@ def test_experiment_shows_question_table_verdict_and_outcome() -> None:
     for text in (repr(found), found._repr_html_()):
         flat = " ".join(text.split())
         assert found.question in flat
+        assert all(each.proposal in flat for each in found.positions)
+        assert "At the places that call it (Edgecombe). For: symmetry." in flat
         assert "TDX_EPT_PAGE_NOT_FREE" in flat
         assert "Linux 6.16" in flat
     assert "<table>" in found._repr_html_()
+
+
+def test_every_debate_has_the_positions_of_its_own() -> None:
+    assert list(POSITIONS) == list(DEBATES)
+    for name in DEBATES:
+        words = [each.words() for each in POSITIONS[name]]
+        assert words
+        assert all(each.endswith(".") and ".." not in each for each in words)
+
+
+def test_words_of_a_position_say_only_what_is_known() -> None:
+    assert Position("One way").words() == "One way."
+    assert Position("One way", "Huang", "a", "b").words() == (
+        "One way (Huang). For: a; against: b."
+    )
+    assert Position("One way", contra="b").words() == "One way. Against: b."
 
 
 def test_debate_rows_name_every_debate() -> None:
@@ -158,6 +179,7 @@ def test_gfn_rows_find_bugs_only_where_gfns_are_raw(gpaw: int) -> None:
     assert min(raw.wrong_gfns, raw.dirty_lost) > 0
     assert raw.left_mapped == 0 < forgotten.left_mapped
     assert clean.true_events == 0 < raw.true_events
+    assert clean.flush_misses > 0 == raw.flush_misses
 
 
 def test_gfn_rows_let_a_masked_full_zap_miss_half_of_the_root() -> None:
@@ -177,8 +199,29 @@ def test_address_rows_map_a_shared_page_in_the_mirror_without_any_bit(gpaw: int)
 @EACH_GPAW
 def test_root_rows_crash_the_host_for_private_memory_without_a_mirror(gpaw: int) -> None:
     crashed = [row for row in rows_of("D3", gpaw) if debates_faults.CRASH in row]
-    assert [(row.vm, row.rule) for row in crashed] == [("SW_PROTECTED", "is_private")]
-    assert crashed[0].private_write == debates_faults.CRASH
+    assert [(row.vm, row.rule) for row in crashed] == [
+        ("SNP", "is_private"),
+        ("SW_PROTECTED", "is_private"),
+    ]
+    assert {row.private_write for row in crashed} == {debates_faults.CRASH}
+
+
+@EACH_GPAW
+def test_root_rows_map_private_pages_in_the_mirror_of_a_td_alone(gpaw: int) -> None:
+    rows = rows_of("D3", gpaw, rule="address bit")
+    where = {row.vm: row.private_write for row in rows}
+    assert where == {
+        "TDX": debates_faults.MIRROR,
+        **dict.fromkeys(("SNP", "SW_PROTECTED"), debates_faults.DIRECT),
+        "DEFAULT": debates_faults.NOTHING,
+    }
+
+
+def test_judge_roots_blames_a_rule_that_maps_pages_where_they_do_not_belong() -> None:
+    rows = every(private_write=debates_faults.DIRECT)(rows_of("D3"))
+    assert debates_faults.judge_roots(rows).startswith(
+        '"is_private" maps pages where they do not belong in 1 VM type of 4 (TDX);'
+    )
 
 
 @EACH_GPAW
@@ -205,6 +248,12 @@ def test_keyid_rows_need_four_seamcalls_or_one_for_each_page(gpaw: int) -> None:
     assert per_page[debates_teardown.KEYID_LAST] == (4, 0)
     assert per_page[debates_teardown.KEYID_FIRST] == (1, 0)
     assert per_page[debates_teardown.SAME_HOOKS][1] > rows_of("D8", gpaw)[0].pages
+
+
+def test_judge_keyid_counts_a_bug_without_a_lost_page_as_a_failure() -> None:
+    rows = every(lost=0)(rows_of("D8"))
+    assert '"KeyID first" needs 62' in debates_teardown.judge_keyid(rows)
+    assert "loses no pages: a private page is removed" in debates_teardown.judge_keyid(rows)
 
 
 @EACH_GPAW
@@ -259,7 +308,7 @@ def test_protocol_rows_keep_pace_only_with_the_freeze(gpaw: int) -> None:
     assert all(row.wasted == 0 for row in rows_of("D15", gpaw, protocol="freeze"))
     forgiven = row_of("D15", gpaw, protocol=debates_protocols.FORGIVE, vcpus=4)
     hoped = row_of("D15", gpaw, protocol=debates_protocols.HOPE, vcpus=4)
-    assert (forgiven.wasted, forgiven.dead) == (3, 0)
+    assert (forgiven.wasted, forgiven.busy, forgiven.dead) == (3, 3, 0)
     assert hoped.why == "TDX_EPT_ENTRY_STATE_INCORRECT"
 
 
@@ -272,6 +321,23 @@ def test_read_rows_look_at_every_entry_of_a_zapped_table(gpaw: int) -> None:
     assert reads["2 MiB become shared, 9 mapped"] == 512 + levels - 1
     nine = row_of("D16", gpaw, deed="2 MiB become shared, 9 mapped")
     assert (nine.seamcalls, nine.without) == (4 * 9, 4 * 9 + nine.reads)
+
+
+@EACH_GPAW
+def test_ask_rows_break_a_type_that_gets_private_memory_unless_flags_are_asked(gpaw: int) -> None:
+    broken = {(row.vm, row.way) for row in rows_of("D18", gpaw) if row.otherwise != "-"}
+    sev = "SEV with private memory"
+    assert {(sev, "type"), (sev, "mask")} <= broken
+    assert (sev, "flags") not in broken
+    assert {(row.vm, row.way) for row in rows_of("D18", gpaw, exists="no") if row.wrong} == {
+        (vm, way) for vm, way in broken if row_of("D18", gpaw, vm=vm, way=way).exists == "no"
+    }
+
+
+def test_ask_rows_blame_the_type_for_a_launch_that_ends() -> None:
+    row = row_of("D18", vm="TDX", way="type")
+    assert (row.exists, row.predicates) == ("yes", "pre_fault_allowed")
+    assert "pre_fault" in row.otherwise.split(", ")
 
 
 def test_style_rows_catch_more_the_more_types_there_are() -> None:
@@ -311,7 +377,9 @@ def reverse(column: str) -> Change:
 CHANGES: dict[str, Change] = {
     "D1": every(wrong_gfns=0, dirty_lost=0),
     "D2": every(private_write=debates_faults.MIRROR, shared_write=debates_faults.DIRECT),
-    "D3": every(private_write=debates_faults.DIRECT),
+    "D3": lambda rows: [
+        row._replace(private_write=debates_faults.DIRECT) for row in rows if row.vm != "TDX"
+    ],
     "D5": every(unknown=0),
     "D7": every(seamcalls=256, ipis=130),
     "D8": reverse("seamcalls"),
@@ -322,6 +390,7 @@ CHANGES: dict[str, Change] = {
     "D14": every(vm="fine"),
     "D15": every(dead=0, wasted=0, rounds=5),
     "D16": lambda rows: [row._replace(without=row.seamcalls) for row in rows],
+    "D18": every(wrong=0, otherwise="-"),
     "D20": reverse("types"),
     "D21": every(lost=0),
 }
@@ -344,6 +413,7 @@ WORDS = {
     "D14": ("is refused with", '"the table that maps the page" goes well'),
     "D15": ('"optimistic" ends the VM', '"optimistic" takes 5 rounds'),
     "D16": ("554 SEAMCALLs more", "no SEAMCALL more"),
+    "D18": ("No way is always right", "Least is wrong with: flags, type, mask."),
     "D20": ("Most is told by: typed", "typed 5"),
     "D21": ("lost with: by attribute.", "lost with: by attribute, none."),
 }

@@ -1,6 +1,6 @@
 """The debates of KVM's TDX reviews as experiments: vary what was argued about, and measure.
 
-    debate("D8", gpaw=48)           # question, table, verdict, and what Linux 6.16 does
+    debate("D8", gpaw=48)           # question, positions, table, verdict; what Linux 6.16 does
     debate("D8").table.rows
 
 Each debate is two functions: one builds small machines, runs every alternative on them and returns
@@ -29,8 +29,10 @@ from tdxlab.study import (
     debates_roots,
     debates_styles,
     debates_teardown,
+    debates_types,
     debates_zaps,
 )
+from tdxlab.study.debates_positions import POSITIONS, Position
 from tdxlab.study.show import Table
 
 #: Columns of printed text.
@@ -50,32 +52,35 @@ class Debate(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """What came out of one debate's experiment."""
+    """What was debated, and what came out of the experiment."""
 
     name: str
     title: str
     question: str
+    positions: tuple[Position, ...]
     table: Table
     verdict: str
     outcome: str
 
     def __repr__(self) -> str:
         words = (f"{self.name}: {self.title}", self.question)
+        said = "\n".join(_filled(f"- {each.words()}", "  ") for each in self.positions)
         ends = (f"Verdict: {self.verdict}", f"Linux 6.16: {self.outcome}")
-        parts = [*map(_filled, words), repr(self.table), *map(_filled, ends)]
+        parts = [*map(_filled, words), said, repr(self.table), *map(_filled, ends)]
         return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
+        said = "".join(f"<li>{escape(each.words())}</li>" for each in self.positions)
         return (
             f"<h4>{escape(self.name)}: {escape(self.title)}</h4><p>{escape(self.question)}</p>"
-            f"{self.table._repr_html_()}"
+            f"<ul>{said}</ul>{self.table._repr_html_()}"
             f"<p><b>Verdict:</b> {escape(self.verdict)}</p>"
             f"<p><b>Linux 6.16:</b> {escape(self.outcome)}</p>"
         )
 
 
-def _filled(text: str) -> str:
-    return fill(text, _WIDTH)
+def _filled(text: str, indent: str = "") -> str:
+    return fill(text, _WIDTH, subsequent_indent=indent)
 
 
 def debate(name: str, gpaw: int = 48) -> Experiment:
@@ -89,7 +94,7 @@ def debate(name: str, gpaw: int = 48) -> Experiment:
         raise ValueError(f"GPAW {gpaw} is not a TDX guest address width; choose 48 or 52")
     title, question, measure, judge, outcome = DEBATES[name]
     rows = measure(gpaw)
-    return Experiment(name, title, question, Table(rows), judge(rows), outcome)
+    return Experiment(name, title, question, POSITIONS[name], Table(rows), judge(rows), outcome)
 
 
 class DebateRow(NamedTuple):
@@ -221,6 +226,15 @@ DEBATES: Mapping[str, Debate] = {
         debates_mirror.read_rows,
         debates_mirror.judge_reads,
         "a mirror; its tables double the memory for page tables of private memory.",
+    ),
+    "D18": Debate(
+        "how to ask what a VM is like",
+        "Is this the TDX-like case? Code can keep flags, look at the VM's type, or take a shared "
+        "bit for the answer to everything.",
+        debates_types.ask_rows,
+        debates_types.judge_asking,
+        "booleans for private memory and protected state, a helper that looks at the type for the "
+        "mirror, and the mask for addresses alone.",
     ),
     "D20": Debate(
         "the shape of the SEAMCALL wrappers",

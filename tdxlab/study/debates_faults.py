@@ -20,6 +20,7 @@ from tdxlab.kvm.spte import is_present_leaf
 from tdxlab.kvm.tdp_iter import for_each_tdp_pte
 from tdxlab.kvm.tdp_set import HostBug
 from tdxlab.kvm.vm import INVALID_PAGE, MmuPage, Vcpu, Vm
+from tdxlab.kvm.vm_types import KVM_X86_SNP_VM
 from tdxlab.machine import Machine
 from tdxlab.steps import run
 from tdxlab.study.debate_tools import PRIVATE_WRITE, SHARED_WRITE, Substitute, many, substituted
@@ -33,6 +34,14 @@ MIRROR, DIRECT = "mapped in the mirror", "mapped in the direct root"
 CRASH, BUGGED, NOTHING = "the host crashes", "the VM is ended", "-"
 
 
+#: VM types here that have one root for everything.
+_PLAIN_TYPES = {
+    "SNP": KVM_X86_SNP_VM,
+    "SW_PROTECTED": KVM_X86_SW_PROTECTED_VM,
+    "DEFAULT": KVM_X86_DEFAULT_VM,
+}
+
+
 def _scene(gpaw: int, vm_type: str) -> tuple[Machine, Gate]:
     """A VM whose roots are loaded, with a page of each kind that nobody has used."""
     machine = Machine(gpaw=gpaw, memory="1 GiB", lps=2, packages=1)
@@ -40,8 +49,7 @@ def _scene(gpaw: int, vm_type: str) -> tuple[Machine, Gate]:
     if vm_type == "TDX":
         gate = machine.create_td(memory=SIZE_2M)
     else:
-        types = {"SW_PROTECTED": KVM_X86_SW_PROTECTED_VM, "DEFAULT": KVM_X86_DEFAULT_VM}
-        gate = machine.create_vm(vm_type=types[vm_type], memory=SIZE_2M)
+        gate = machine.create_vm(vm_type=_PLAIN_TYPES[vm_type], memory=SIZE_2M)
     if gate.vm.features.has_private_mem:
         gate.convert(_SHARED * PAGE_SIZE, PAGE_SIZE, to="shared")
     gate.touch(_FIRST * PAGE_SIZE)
@@ -176,25 +184,26 @@ def _by_privateness(vcpu: Vcpu, fault: PageFault) -> MmuPage:
     return _root(vcpu, fault, fault.is_private)
 
 
+def _by_privateness_and_mask(vcpu: Vcpu, fault: PageFault) -> MmuPage:
+    return _root(vcpu, fault, fault.is_private and vcpu.vm.gfn_direct_bits != 0)
+
+
 def _by_privateness_and_mirror(vcpu: Vcpu, fault: PageFault) -> MmuPage:
     return _root(vcpu, fault, fault.is_private and vcpu.vm.has_mirrored_tdp)
 
 
 ROOT_RULES: dict[str, Callable[[Vcpu, PageFault], MmuPage]] = {
     "is_private": _by_privateness,
+    "is_private, if there is a shared bit": _by_privateness_and_mask,
     "is_private, if there is a mirror": _by_privateness_and_mirror,
     "address bit": tdp_mmu_get_root_for_fault,
 }
 
 
 def root_rows(gpaw: int) -> list[RootRow]:
-    """D3: each rule on a VM of each type.
-
-    Differs: the patch's own rule, "private, and the VM has a shared bit", is not among them; here
-    it would say what the second one says.
-    """
+    """D3: each rule on a VM of each type."""
     rows = []
-    for vm_type in ("TDX", "SW_PROTECTED", "DEFAULT"):
+    for vm_type in ("TDX", *_PLAIN_TYPES):
         machine, gate = _scene(gpaw, vm_type)
         for name, rule in ROOT_RULES.items():
             places = [(tdp_mmu, "tdp_mmu_get_root_for_fault", rule)]
@@ -206,17 +215,32 @@ def root_rows(gpaw: int) -> list[RootRow]:
     return rows
 
 
+def _is_where_it_belongs(row: RootRow) -> bool:
+    private = MIRROR if row.vm == "TDX" else DIRECT
+    return row.private_write in (private, NOTHING) and row.shared_write == DIRECT
+
+
 def judge_roots(rows: Sequence[RootRow]) -> str:
     """D3 in words."""
     parts = []
     for rule in dict.fromkeys(row.rule for row in rows):
         mine = [row for row in rows if row.rule == rule]
-        crashed = [row.vm for row in mine if CRASH in (row.private_write, row.shared_write)]
+        wrong = [row for row in mine if not _is_where_it_belongs(row)]
+        if not wrong:
+            parts.append(f'"{rule}" works in all {len(mine)} VM types')
+            continue
+        crashed = [row.vm for row in wrong if CRASH in (row.private_write, row.shared_write)]
+        lost = [row.vm for row in wrong if row.vm not in crashed]
+        words = []
         if crashed:
-            parts.append(
-                f'"{rule}" crashes the host in {many(len(crashed), "VM type")} of {len(mine)} '
-                f"({', '.join(crashed)}): it takes a mirror root that nobody has"
+            words.append(
+                f"crashes the host in {_of_types(crashed, mine)}: it takes a root that nobody has"
             )
-        else:
-            parts.append(f'"{rule}" works in all {len(mine)}')
+        if lost:
+            words.append(f"maps pages where they do not belong in {_of_types(lost, mine)}")
+        parts.append(f'"{rule}" {", and ".join(words)}')
     return "; ".join(parts) + "."
+
+
+def _of_types(vms: Sequence[str], rows: Sequence[RootRow]) -> str:
+    return f"{many(len(vms), 'VM type')} of {len(rows)} ({', '.join(vms)})"

@@ -105,6 +105,7 @@ class Fate(NamedTuple):
 
 
 CREATED, REFUSED, TD_REFUSED = "created", "refused", "TD refused"
+NONE = "none"
 
 
 def limit_rows(gpaw: int) -> list[LimitRow]:
@@ -134,7 +135,7 @@ def _limit_row(machine: Machine, name: str) -> LimitRow:
 
 
 def _words(places: Sequence[str]) -> str:
-    return ", ".join(places) or "none"
+    return ", ".join(places) or NONE
 
 
 def slot_fate(machine: Machine, rule: str, offset: int, *, before_init: bool) -> Fate:
@@ -230,6 +231,8 @@ def judge_limits(rows: Sequence[LimitRow]) -> str:
         words = [f"{many(lost, 'page')} of slots out of reach"]
         if lost:
             words[0] += f" ({row.lost_before} of slots from before the TD is initialised)"
+        if row.init_refused != NONE:
+            words.append(f"no TD with a slot {row.init_refused.replace(', ', ' or ')} the bit")
         if row.refused:
             words.append(f"{many(row.refused, 'fault')} refused")
         if row.missed:

@@ -175,7 +175,7 @@ def judge_hooks(rows: Sequence[HookRow]) -> str:
             if row.hooks:
                 hooks += f", {row.tables or 'none'} of them about a table"
             words = f'for {row.vm}, "{row.key}" calls {hooks}'
-            parts.append(f"{words}; its RMP changed {row.rmp} times without any")
+            parts.append(f"{words}, and guest_memfd's change the RMP {many(row.rmp, 'time')}")
     return "; ".join(parts) + "."
 
 

@@ -8,18 +8,23 @@ Here that cannot come: of two who call the module for one entry it serves one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from errno import EBUSY
 from typing import NamedTuple
 
+from tdxlab.abi.registers import Registers
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE, SIZE_2M
 from tdxlab.breaks import BREAKS
+from tdxlab.kvm import seamcalls
 from tdxlab.kvm.external import Hook
+from tdxlab.kvm.host import KvmHost
 from tdxlab.kvm.locks import WRITE, MmuLock
-from tdxlab.kvm.seamcalls import tdh_mem_page_aug, tdh_mem_sept_add
+from tdxlab.kvm.seamcall_args import tdx_operand_busy
+from tdxlab.kvm.seamcalls import Answered, sc_retry_ret, tdh_mem_page_aug, tdh_mem_sept_add
 from tdxlab.kvm.tdx import Tdx
 from tdxlab.machine import Machine
-from tdxlab.steps import Operation
+from tdxlab.steps import Operation, Step
 from tdxlab.study.debate_tools import (
     Faulting,
     Substitute,
@@ -35,9 +40,11 @@ from tdxlab.vmm_td import Td
 
 class ProtocolRow(NamedTuple):
     """vCPUs that fault on neighbouring pages whose table is missing, in several `starts`: all at
-    once, or each some steps behind the one before. rounds: until all are done, each making one step
-    a round. wasted: SEAMCALLs that mapped or linked nothing. retries: faults that had to be
-    repeated. All three at most. dead: starts that end the VM; why: the module's answer then.
+    once, or each some steps behind the one before. rounds: until all are done if they start at
+    once, each making one step a round. wasted: SEAMCALLs that mapped or linked nothing, and of them
+    busy: those that met another one inside the module; retries: faults that had to be repeated; all
+    three at most, of the starts that the VM survives. dead: starts that end the VM; why: the
+    module's answer then.
     """
 
     protocol: str
@@ -45,6 +52,7 @@ class ProtocolRow(NamedTuple):
     starts: int
     rounds: int
     wasted: int
+    busy: int
     retries: int
     dead: int
     why: str
@@ -55,8 +63,13 @@ class _Tried(NamedTuple):
 
     rounds: int
     wasted: int
+    busy: int
     retries: int
     bug: str
+
+
+#: Columns of `_Tried` of which a row has the greatest value.
+_AT_MOST = ("wasted", "busy", "retries")
 
 
 class _Forgiving:
@@ -132,9 +145,10 @@ def _protocol_row(machine: Machine, td: Td, name: str, vcpus: int) -> ProtocolRo
         tried = [_tried(machine, td, vcpus, behind) for behind in _BEHIND]
     td.vm.external = own
     fine = [each for each in tried if not each.bug]
-    wasted = max((each.wasted for each in fine), default=0)
-    retries = max((each.retries for each in fine), default=0)
-    counts = (len(tried), tried[0].rounds, wasted, retries, len(tried) - len(fine))
+    wasted, busy, retries = (
+        max((getattr(each, column) for each in fine), default=0) for column in _AT_MOST
+    )
+    counts = (len(tried), tried[0].rounds, wasted, busy, retries, len(tried) - len(fine))
     why = ", ".join(sorted({status_in(each.bug) for each in tried if each.bug}))
     return ProtocolRow(name, vcpus, *counts, why or "-")
 
@@ -142,12 +156,27 @@ def _protocol_row(machine: Machine, td: Td, name: str, vcpus: int) -> ProtocolRo
 def _tried(machine: Machine, td: Td, vcpus: int, behind: int) -> _Tried:
     """All vCPUs fault, each `behind` rounds after the one before."""
     faults = [Faulting(td, SIZE_2M + n * PAGE_SIZE, n) for n in range(vcpus)]
-    with undone(machine):
+    with undone(machine), _busy() as busy:
         before, done = calls(machine), _entries(td)
         rounds = _take_turns(td, faults, behind)
         wasted = calls(machine) - before - (_entries(td) - done)
         bug = td.vm.vm_bugged
-    return _Tried(rounds, wasted, sum(fault.retries for fault in faults), bug)
+    return _Tried(rounds, wasted, len(busy), sum(fault.retries for fault in faults), bug)
+
+
+@contextmanager
+def _busy() -> Iterator[list[int]]:
+    """The answers, while it lasts, that say that another call has the lock."""
+    answers: list[int] = []
+
+    def listening(host: KvmHost, leaf: int, registers: Registers, label: Step) -> Answered:
+        answer = yield from sc_retry_ret(host, leaf, registers, label)
+        if tdx_operand_busy(answer[0]):
+            answers.append(answer[0])
+        return answer
+
+    with substituted([(seamcalls, "sc_retry_ret", listening)]):
+        yield answers
 
 
 def _take_turns(td: Td, faults: Sequence[Faulting], behind: int) -> int:
@@ -176,14 +205,18 @@ def judge_protocols(rows: Sequence[ProtocolRow]) -> str:
     """D15 in words."""
     most = max(row.vcpus for row in rows)
     last = [row for row in rows if row.vcpus == most]
-    parts = [
-        f'"{row.protocol}" ends the VM in {row.dead} of {row.starts} starts ({row.why})'
-        if row.dead
-        else f'"{row.protocol}" takes {row.rounds} rounds if all start at once, with '
-        f"up to {row.retries} faults and {row.wasted} SEAMCALLs in vain"
-        for row in last
-    ]
+    parts = [f'"{row.protocol}" {_words(row)}' for row in last]
     works = [row for row in last if not row.dead]
     best = min(works, key=lambda row: (row.wasted, row.rounds)) if works else None
     end = f'Least in vain, then fewest rounds: "{best.protocol}"' if best else "None works"
     return f"With {many(most, 'vCPU')}: {'; '.join(parts)}. {end}."
+
+
+def _words(row: ProtocolRow) -> str:
+    if row.dead:
+        return f"ends the VM in {row.dead} of {row.starts} starts ({row.why})"
+    busy = f" (up to {row.busy} of them BUSY)" if row.busy else ""
+    return (
+        f"takes {row.rounds} rounds if all start at once, with {many(row.retries, 'fault')} and "
+        f"{many(row.wasted, 'SEAMCALL')}{busy} in vain at most"
+    )

@@ -23,11 +23,13 @@ from tdxlab.vmm_td import Td
 #: Pages of the two TDs whose difference tells what a page costs: both need the same tables.
 _FEW, _MANY = 8, 40
 SAME_HOOKS = "KeyID first, hooks as in Linux 6.16"
+FINE = "fine"
 
 
 class KeyIdRow(NamedTuple):
     """The end of a TD in one order. seamcalls: of all of it. per_page: how many more there are for
-    each private page more. lost: pages that the host never gets back. vm: "fine", or what KVM says.
+    each private page more. lost: pages that the host never gets back, a TDR with them. vm: "fine",
+    or what KVM says.
     """
 
     order: str
@@ -75,12 +77,13 @@ def _ended(machine: Machine, order: Callable[[Td], Operation], pages: int) -> tu
         td.run_thread(order(td))
         made = calls(machine) - before
         lost = len(machine.host.pages.leaked) - leaked
-        return made, lost, td.vm.vm_bugged or "fine"
+        return made, lost, td.vm.vm_bugged or FINE
 
 
 def judge_keyid(rows: Sequence[KeyIdRow]) -> str:
     """D8 in words."""
-    works = sorted((row for row in rows if not row.lost), key=lambda row: row.seamcalls)
+    fails = [row for row in rows if row.lost or row.vm != FINE]
+    works = sorted((row for row in rows if row not in fails), key=lambda row: row.seamcalls)
     parts = []
     if len(works) > 1:
         best, worst = works[0], works[-1]
@@ -88,7 +91,7 @@ def judge_keyid(rows: Sequence[KeyIdRow]) -> str:
             f'"{best.order}" needs {many(best.seamcalls, "SEAMCALL")} and {best.per_page} for each '
             f'page more, "{worst.order}" {worst.seamcalls} and {worst.per_page}'
         )
-    parts += [f'"{row.order}" loses {many(row.lost, "page")}: {row.vm}' for row in rows if row.lost]
+    parts += [f'"{row.order}" loses {many(row.lost, "page")}: {row.vm}' for row in fails]
     return ". ".join(parts) + "."
 
 
@@ -127,14 +130,14 @@ def _order_row(machine: Machine, td: Td, order: str) -> OrderRow:
         bug = td.vm.vm_bugged
         made = [leaf for leaf, count in machine.seamcalls.items() if count > before.get(leaf, 0)]
     asked = ", ".join(leaf.removeprefix("TDH.") for leaf in made)
-    return OrderRow(order, asked, status_in(bug) if bug else "-", "ended" if bug else "fine")
+    return OrderRow(order, asked, status_in(bug) if bug else "-", "ended" if bug else FINE)
 
 
 def judge_order(rows: Sequence[OrderRow]) -> str:
     """D14 in words."""
     parts = [
         f'"{row.order}" goes well'
-        if row.vm == "fine"
+        if row.vm == FINE
         else f'"{row.order}" is refused with {row.answer}, which ends the VM'
         for row in rows
     ]
