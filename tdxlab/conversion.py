@@ -106,6 +106,11 @@ class ConversionTally:
     pages: int = 0
     retries: int = 0
 
+    @property
+    def calls(self) -> int:
+        """System calls that the policy made."""
+        return self.attributes + self.punches + self.discards + self.pre_faults
+
 
 class ConvertingVmm:
     """What a policy can do, in one run of a workload. Each call returns SUCCESS, or the name of the

@@ -15,7 +15,15 @@ from typing import Any
 
 from tdxlab.accesses import Access, Hlt, MapGpa, Program, Read, Write
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
-from tdxlab.conversion import ConversionPolicy, ConversionTally, ConvertingVmm, Request
+from tdxlab.conversion import (
+    FAULT,
+    MAPGPA,
+    PRE_FAULT,
+    ConversionPolicy,
+    ConversionTally,
+    ConvertingVmm,
+    Request,
+)
 from tdxlab.invariants import Watch
 from tdxlab.kvm.batching import Blocked
 from tdxlab.kvm.spte import is_present_leaf
@@ -226,7 +234,7 @@ class ConversionBench(Bench):
 
     def note(self, op: Op) -> None:
         """Count before the watcher looks."""
-        self._count()
+        self._count(look=op.name in (MAPGPA, FAULT, PRE_FAULT) or op.name.islower())
         super().note(op)
 
     def program(self, event: Event) -> Generator[Access, Any, None]:
@@ -283,12 +291,14 @@ class ConversionBench(Bench):
             self.tally.entries += self._is_converting and step == _ENTRY
             yield step
 
-    def _count(self) -> None:
+    def _count(self, look: bool = True) -> None:
         """Bring the tally up to date with the machine; what others than conversions do is left
-        out.
+        out. look: for memory that is taken twice, which costs time. It grows while the guest runs
+        and with PRE-FAULT.
         """
         tally, before = self.tally, self._counted
-        tally.most_double = max(tally.most_double, len(doubles(self.td)))
+        if look:
+            tally.most_double = max(tally.most_double, doubles(self.td))
         self._counted = self._sums()
         if self._is_converting:
             seamcalls, pages, ipis = map(sub, self._counted, before)
@@ -306,16 +316,27 @@ class ConversionBench(Bench):
 _ENTRY: Step = ("vcpu_enter_guest", 0)
 
 
-def doubles(td: Td) -> set[int]:
-    """Gfns that take memory twice: a page of guest_memfd, and a shared one."""
-    found: set[int] = set()
+#: What memory a gfn has: of guest_memfd, of the VMM's own, both.
+PRIVATE_PAGE, SHARED_PAGE, TWICE = "private", "shared", "twice"
+
+
+def memory_of(td: Td) -> dict[int, str]:
+    """Gfn -> PRIVATE_PAGE, SHARED_PAGE or TWICE, for all that have memory."""
+    found: dict[int, str] = {}
     for backing in td.backings:
-        if backing.gmem >= 0 and td.guest_memory.is_open(backing.gmem):
-            private = td.guest_memory.pages(backing.gmem)
-            hvas = td.user_memory.resident(backing.hva, backing.hva + backing.size)
-            shared = {hva - backing.hva >> PAGE_SHIFT for hva in hvas}
-            found |= {(backing.gpa >> PAGE_SHIFT) + index for index in shared & private.keys()}
+        first = backing.gpa >> PAGE_SHIFT
+        if td.guest_memory.is_open(backing.gmem):
+            pages = td.guest_memory.pages(backing.gmem)
+            found |= dict.fromkeys((first + index for index in pages), PRIVATE_PAGE)
+        for hva in td.user_memory.resident(backing.hva, backing.hva + backing.size):
+            gfn = first + (hva - backing.hva >> PAGE_SHIFT)
+            found[gfn] = TWICE if gfn in found else SHARED_PAGE
     return found
+
+
+def doubles(td: Td) -> int:
+    """How many gfns take memory twice."""
+    return sum(kind == TWICE for kind in memory_of(td).values())
 
 
 def zapper(tdx: Tdx, policy: ZapPolicy, around: Surroundings) -> MirrorZapper:

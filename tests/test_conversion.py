@@ -317,15 +317,17 @@ def test_a_vmm_without_a_policy_converts_as_before() -> None:
     td.convert(0, 4 << 12, to="shared")
     td.touch(0, 2 << 12)
     assert td.converter is None
-    assert policy_bench.doubles(td) == set()
+    assert policy_bench.doubles(td) == 0
     td.discards = False
     td.convert(0, 4 << 12, to="private")
     td.touch(0, 4 << 12)
-    assert policy_bench.doubles(td) == {0, 1}
+    assert policy_bench.doubles(td) == 2
+    kinds = policy_bench.memory_of(td)
+    assert [kinds[gfn] for gfn in range(4)] == ["twice", "twice", "private", "private"]
 
 
 def test_damage_to_the_counting_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy_bench, "doubles", lambda td: set())
+    monkeypatch.setattr(policy_bench, "doubles", lambda td: 0)
     assert run(KeepsBoth, THERE_AND_BACK).most_double == 0
     monkeypatch.setattr(policy_bench, "_ENTRY", ("nobody", 0))
     assert run(AsQemu, THERE_AND_BACK).entries == 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
+from tdxlab.conversion import CONVERSION_RULES
+from tdxlab.conversions import AsQemu, KeepsBoth, PreFaults
 from tdxlab.policies import AllAtOnce, KernelPolicy, RegionOnly, WaitsForEver
 from tdxlab.policy import RULES
-from tdxlab.policy_results import Result
+from tdxlab.policy_results import ConversionResult, Result
 from tdxlab.policy_run import run
 from tdxlab.stopping import Violation
 from tdxlab.study import policy_tables as tables
@@ -22,7 +24,8 @@ from tdxlab.study.policy_lab import (
     PolicyTape,
     record,
 )
-from tdxlab.study.policy_views import board_html, external_svg, mirror_svg
+from tdxlab.study.policy_views import board_html, external_svg, memory_svg, mirror_svg
+from tdxlab.workloads import Event, Workload
 
 ONE = tables.one_zap(2)
 
@@ -37,12 +40,13 @@ def test_record_shows_each_page_after_each_call() -> None:
     for position in range(len(tape) + 1):
         tape.seek(position)
         seen.append(tape.pages())
-    mapped, blocked = Page(MAPPED, "MAPPED"), Page(BLOCKED, "BLOCKED")
+    mapped, blocked = Page(MAPPED, "MAPPED", "private"), Page(BLOCKED, "BLOCKED", "private")
+    out = Page(EMPTY, FREE, "private")
     assert seen[1] == {}
     assert seen[2] == {0: mapped, 1: mapped}
     assert seen[3] == {0: blocked, 1: mapped}
-    assert seen[6] == {1: mapped}
-    assert seen[8] == {1: blocked}
+    assert seen[6] == {0: out, 1: mapped}
+    assert seen[8] == {0: out, 1: blocked}
     assert seen[-1] == {}
     assert recording.result == run(KernelPolicy(), ONE)
 
@@ -67,9 +71,33 @@ def test_record_adds_calls_up() -> None:
 def test_record_shows_pages_below_a_closed_table() -> None:
     tape = PolicyTape(record(RegionOnly(), tables.one_zap(mapped=2)))
     tape.seek(len(tape))
-    assert tape.pages() == {gfn: Page(MAPPED, CLOSED) for gfn in (0, 1)}
+    assert tape.pages() == {gfn: Page(MAPPED, CLOSED, "private") for gfn in (0, 1)}
     assert "2 NL_BLOCKED" in external_svg(tape.pages())
     assert "2 mapped" in mirror_svg(tape.pages())
+
+
+def test_record_shows_what_a_conversion_does_to_memory() -> None:
+    events = (Event("touch", 0, 3), Event("shared", 1, 2), Event("private", 1, 1))
+    tape = PolicyTape(record(KeepsBoth(), Workload("w", "", 0, 1, 0, events)))
+    names, seen = [], []
+    for position in range(1, len(tape) + 1):
+        tape.seek(position)
+        assert tape.frame is not None
+        names.append(tape.frame.op.name)
+        seen.append({gfn: page.memory for gfn, page in tape.pages().items()})
+    set_shared, set_private = (
+        ["shared", "MapGPA", "SET SHARED"],
+        ["private", "MapGPA", "SET PRIVATE"],
+    )
+    assert names == ["touch", *set_shared, *set_private, OVER]
+    assert seen[1:4] == [dict.fromkeys(range(3), "private")] * 3
+    assert seen[4:] == [{0: "private", 1: "twice", 2: "twice"}] * 4
+    assert tape.pages()[1].external == "MAPPED"
+    last = tape.frame
+    assert (last.calls, last.entries, last.out) == (2, 2 * 2 + 3, 2)
+    tape.seek(6)
+    assert tape.last is not None
+    assert tape.last.inputs == {"gfn": 1, "pages": 1}
 
 
 def test_policy_tape_finds_the_next_event_and_its_ends() -> None:
@@ -87,9 +115,15 @@ def test_policy_tape_finds_the_next_event_and_its_ends() -> None:
 
 
 def test_maps_say_what_they_show() -> None:
-    pages = {0: Page(BLOCKED, "PENDING_BLOCKED"), 3: Page(MAPPED, "MAPPED"), 4: Page(EMPTY, FREE)}
+    pages = {
+        0: Page(BLOCKED, "PENDING_BLOCKED", ""),
+        3: Page(MAPPED, "MAPPED", "private"),
+        4: Page(EMPTY, FREE, "twice"),
+        5: Page(EMPTY, FREE, "shared"),
+    }
     assert "1 blocked, 1 mapped" in mirror_svg(pages)
     assert "1 PENDING_BLOCKED, 1 MAPPED" in external_svg(pages)
+    assert "1 private, 1 twice, 1 shared" in memory_svg(pages)
 
 
 def test_board_ranks_those_who_keep_the_rules_first() -> None:
@@ -98,6 +132,10 @@ def test_board_ranks_those_who_keep_the_rules_first() -> None:
     html = board_html([bad, good])
     assert html.index("good") < html.index("bad") < html.index("<td", html.index("bad"))
     assert "end" in html
+    conversions = ConversionResult("late", "boot", 1, 0, 7, 0, 0, 0, 0, 0, 0, 0, 0)
+    html = board_html([conversions, bad, good])
+    assert html.index("bad") < html.index("late")
+    assert '7</td><td style="' in html[html.index("late") :]
 
 
 def test_workload_rows_count_zaps() -> None:
@@ -115,6 +153,21 @@ def test_wrong_rows_find_every_one_out() -> None:
     rows = tables.wrong_rows(48)
     assert all(row.rule != "-" for row in rows)
     assert rows[-1][:3] == (WaitsForEver().title, "one zap", "end")
+
+
+def test_wrong_conversion_rows_find_every_one_out() -> None:
+    rows = tables.wrong_conversion_rows(48)
+    assert all(row.rule != "-" for row in rows)
+    assert {row.rule for row in rows} == {"answered", "alive", "data", "end"}
+    assert [row.rule for row in tables.conversion_rule_rows()] == [*CONVERSION_RULES]
+
+
+def test_conversion_formula_is_what_is_counted() -> None:
+    for policy, pre_faults in ((AsQemu, False), (PreFaults, True)):
+        result = run(policy, tables.there_and_back())
+        requests, pages = 3, 20 + 8 + 16
+        calls, entries = tables.conversion_formula(pages, requests, pre_faults=pre_faults)
+        assert (result.calls, result.entries) == (calls, entries)
 
 
 def test_region_rows_cost_three_calls_more() -> None:
@@ -142,3 +195,9 @@ def test_plots_show_their_numbers() -> None:
     widths = [container.patches[0].get_width() for container in bars.containers]  # type: ignore[attr-defined]
     assert widths == [4, 0, 1, 5, 4, 2]
     assert sum(widths) == result.cost
+    (row,) = tables.result_rows([AsQemu()], "teardown", 48)
+    converted = run(AsQemu(), "teardown")
+    assert (row.calls, row.cost, row.broken) == (converted.calls, converted.cost, "-")
+    bars = tables.plot_costs([converted], Figure().subplots())
+    widths = [container.patches[0].get_width() for container in bars.containers]  # type: ignore[attr-defined]
+    assert sum(widths) == converted.cost

@@ -17,18 +17,23 @@ import ipywidgets
 from matplotlib.figure import Figure
 
 from tdxlab import workloads
+from tdxlab.conversion import PAGES_OPS
+from tdxlab.conversions import CONVERSION_POLICIES, WRONG_CONVERSIONS
 from tdxlab.policies import POLICIES, WRONG_POLICIES
 from tdxlab.policy import ZapPolicy
-from tdxlab.policy_results import Result
+from tdxlab.policy_bench import TWICE
+from tdxlab.policy_results import AnyResult, ConversionResult
+from tdxlab.policy_run import AnyPolicy, Given, own
 from tdxlab.study import plots
 from tdxlab.study.panels import Panel
 from tdxlab.study.policy_lab import BLOCKED, Frame, PolicyTape, record
 from tdxlab.study.policy_tables import plot_costs
-from tdxlab.study.policy_views import board_html, external_svg, mirror_svg
+from tdxlab.study.policy_views import board_html, external_svg, memory_svg, mirror_svg
 
 
 class PolicyPanel(Panel):
-    """Policies against workloads. gpaw: 48 or 52. mine: a policy of the reader's, or its class.
+    """Policies against workloads. gpaw: 48 or 52. mine: policies of the reader's, or their classes:
+    one, or several in a list.
 
     policy, workload: menus. run: record what they say, and stand at its end. event: go to where the
     next event begins. clear: empty the leaderboard. board: results, one for each pair.
@@ -37,14 +42,16 @@ class PolicyPanel(Panel):
     title = "Policy sandbox"
     figure_height = 2.4
 
-    def __init__(self, *, gpaw: int = 48, mine: ZapPolicy | type[ZapPolicy] | None = None) -> None:
+    def __init__(self, *, gpaw: int = 48, mine: Given | Sequence[Given] | None = None) -> None:
         self._gpaw = gpaw
-        self._drawn: tuple[tuple[Result, ...], bytes] = ((), b"")
-        own = mine() if isinstance(mine, type) else mine
-        theirs = (*POLICIES, *WRONG_POLICIES)
-        self._policies = {p.title: p for p in ((own, *theirs) if own is not None else theirs)}
+        self._drawn: tuple[tuple[AnyResult, ...], bytes] = ((), b"")
+        given = mine if isinstance(mine, Sequence) else () if mine is None else (mine,)
+        zaps, conversions = POLICIES + WRONG_POLICIES, CONVERSION_POLICIES + WRONG_CONVERSIONS
+        self._policies: dict[str, AnyPolicy] = {}
+        for policy in (*map(own, given), *zaps, *conversions):
+            self._policies.setdefault(policy.title, policy)
         first = record(POLICIES[0], "boot", gpaw=gpaw)
-        self.board: dict[tuple[str, str], Result] = {}
+        self.board: dict[tuple[str, str], AnyResult] = {}
         self._enter(first.result)
         self.tape: PolicyTape = PolicyTape(first)
         super().__init__(self.tape)
@@ -55,9 +62,9 @@ class PolicyPanel(Panel):
         """What is to run, and what can be done."""
         self.policy = ipywidgets.Dropdown(
             description="policy",
-            options=list(self._policies),
+            options=[(_label(policy), title) for title, policy in self._policies.items()],
             value=POLICIES[0].title,
-            layout={"width": "270px"},
+            layout={"width": "300px"},
         )
         self.workload = ipywidgets.Dropdown(
             description="workload", options=workloads.names(), layout={"width": "220px"}
@@ -81,11 +88,12 @@ class PolicyPanel(Panel):
         return [self.policy, self.workload, self.run, self.event, self.clear]
 
     def views(self) -> dict[str, str]:
-        """Both trees, and the leaderboard."""
+        """Both trees, the memory behind them, and the leaderboard."""
         pages = self.tape.pages()
         return {
             "What KVM keeps": mirror_svg(pages),
             "What the module keeps": external_svg(pages),
+            "What the host has": memory_svg(pages),
             "Leaderboard of this panel": board_html(list(self.board.values())),
         }
 
@@ -99,7 +107,10 @@ class PolicyPanel(Panel):
             return f"{who}, event {frame.event}: {_said(frame)}."
         if result.violation is not None:
             return f"{who} was stopped. {result.violation}."
-        return f"{who} is done: {result.seamcalls} SEAMCALLs, {result.ipis} IPIs, all rules kept."
+        counts = f"{result.seamcalls} SEAMCALLs, {result.ipis} IPIs"
+        if isinstance(result, ConversionResult):
+            counts = f"{result.calls} system calls, {result.entries} entries, {counts}"
+        return f"{who} is done: {counts}, all rules kept."
 
     def numbers(self) -> dict[str, int]:
         """Sums up to here, and what the pages and vCPUs are now."""
@@ -112,21 +123,28 @@ class PolicyPanel(Panel):
             "retries": frame.retries if frame else 0,
             "pages out": frame.out if frame else 0,
             "blocked": blocked,
+            "system calls": frame.calls if frame else 0,
+            "entries": frame.entries if frame else 0,
+            "twice": sum(page.memory == TWICE for page in self.tape.pages().values()),
             "vCPUs inside": frame.inside if frame else 0,
             "runs": len(self.board),
         }
 
     def png(self) -> bytes:
         """The figure, which is drawn anew only when the board has changed."""
-        drawn = tuple(self.board.values())
+        drawn = self._compared()
         if drawn != self._drawn[0]:
             self._drawn = drawn, super().png()
         return self._drawn[1]
 
     def figure(self, figure: Figure) -> None:
-        """What the runs on the board cost."""
+        """What the runs on the board cost, those of the kind of the run that is shown."""
         (ax,) = plots.side_by_side(figure, 1, left=0.2)
-        plot_costs(list(self.board.values()), ax)
+        plot_costs(self._compared(), ax)
+
+    def _compared(self) -> tuple[AnyResult, ...]:
+        kind = type(self.tape.recording.result)
+        return tuple(result for result in self.board.values() if isinstance(result, kind))
 
     # -- what the buttons do
 
@@ -137,8 +155,14 @@ class PolicyPanel(Panel):
         self.tape = PolicyTape(recording)
         self.tape.seek(len(self.tape))
 
-    def _enter(self, result: Result) -> None:
+    def _enter(self, result: AnyResult) -> None:
         self.board[result.policy, result.workload] = result
+
+
+def _label(policy: AnyPolicy) -> str:
+    """How the menu names a policy."""
+    kind = "zap" if isinstance(policy, ZapPolicy) else "conversion"
+    return f"{kind}: {policy.title}"
 
 
 def _said(frame: Frame) -> str:
@@ -146,6 +170,8 @@ def _said(frame: Frame) -> str:
     name, gfn, level, answer = frame.op
     if not frame.is_event:
         where = f" of gfn {gfn:#x}" if gfn >= 0 else ""
+        if name in PAGES_OPS:
+            where = f" of {level} page{'s' * (level != 1)} from gfn {gfn:#x}"
         return f"{name}{where}, {answer}"
     running = f"{answer} vCPU{'s' * (answer != '1')} running beside" if answer != "0" else "alone"
     return f"{name} of {level} pages from gfn {gfn:#x} begins, {running}"

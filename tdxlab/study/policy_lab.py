@@ -14,13 +14,15 @@ from typing import NamedTuple
 
 from tdxlab import policy_run, views
 from tdxlab.arch import PAGE_SHIFT, SIZE_2M
-from tdxlab.conversion import ConversionTally
+from tdxlab.conversion import PAGES_OPS, ConversionTally
 from tdxlab.kvm.blocked import is_blocked_spte
 from tdxlab.kvm.spte import is_present_leaf
 from tdxlab.kvm.tdp_iter import for_each_tdp_pte
 from tdxlab.kvm.vm import OUTSIDE_GUEST_MODE
-from tdxlab.policy import Op, Tally, ZapPolicy
-from tdxlab.policy_results import Result
+from tdxlab.policy import Op, Tally
+from tdxlab.policy_bench import memory_of
+from tdxlab.policy_results import AnyResult
+from tdxlab.policy_run import Given
 from tdxlab.seam.rules import SEPT_STATE_BY_BITS, SEPT_STATE_MASK
 from tdxlab.tape import Action, Tape
 from tdxlab.vmm_td import Td
@@ -35,19 +37,22 @@ FREE, CLOSED = "FREE", "NL_BLOCKED"
 
 
 class Page(NamedTuple):
-    """A page in both trees. mirror: EMPTY, MAPPED, BLOCKED. external: state of its S-EPT entry."""
+    """A page in both trees. mirror: EMPTY, MAPPED, BLOCKED. external: state of its S-EPT entry.
+    memory: as in `policy_bench.memory_of`, "" for none; not looked at while a zap goes on.
+    """
 
     mirror: str
     external: str
+    memory: str
 
 
-NOTHING = Page(EMPTY, FREE)
+NOTHING = Page(EMPTY, FREE, "")
 
 
 class Frame(NamedTuple):
     """One thing that happened. op: a call, or in lower-case letters an event that begins, or OVER.
     event: its number, from 1. changed: gfn -> what the page is now. inside: vCPUs in the guest. The
-    rest are sums.
+    rest are sums; calls, entries: of conversion policies.
     """
 
     op: Op
@@ -58,6 +63,8 @@ class Frame(NamedTuple):
     ipis: int
     retries: int
     out: int
+    calls: int
+    entries: int
 
     @property
     def is_event(self) -> bool:
@@ -69,13 +76,11 @@ class Recording(NamedTuple):
     """A run. The last frame is the end, or where the policy was stopped."""
 
     workload: str
-    result: Result
+    result: AnyResult
     frames: tuple[Frame, ...]
 
 
-def record(
-    policy: ZapPolicy | type[ZapPolicy], workload: Workload | str, *, gpaw: int = 48, seed: int = 1
-) -> Recording:
+def record(policy: Given, workload: Workload | str, *, gpaw: int = 48, seed: int = 1) -> Recording:
     """Run and record; arguments and refusals as for `policy_run.run`."""
     recorder = _Recorder()
     result = policy_run.run(policy, workload, gpaw=gpaw, seed=seed, watch=recorder.see)
@@ -96,7 +101,7 @@ class _Recorder:
     def see(self, td: Td, op: Op, tally: Tally | ConversionTally) -> None:
         """A call is done, or an event begins."""
         self._seen = td, tally
-        self._add(op, self._all() if op.name.islower() or op.level > 1 else self._one(op.gfn))
+        self._add(op, self._all() if op.name.islower() or op.level > 1 else self._one(op))
 
     def end(self) -> None:
         """The run is over."""
@@ -111,7 +116,8 @@ class _Recorder:
         changed = {gfn: page for gfn, page in now.items() if self._pages[gfn] != page}
         self._pages |= changed
         inside = sum(vcpu.mode != OUTSIDE_GUEST_MODE for vcpu in td.vm.vcpus)
-        sums = (tally.seamcalls, tally.ipis, tally.retries, tally.pages)
+        calls = (tally.calls, tally.entries) if isinstance(tally, ConversionTally) else (0, 0)
+        sums = (tally.seamcalls, tally.ipis, tally.retries, tally.pages, *calls)
         self.frames.append(Frame(op, event, changed, inside, *sums))
 
     def _all(self) -> dict[int, Page]:
@@ -133,14 +139,25 @@ class _Recorder:
                 external[row.gpa >> PAGE_SHIFT] = frame + (row.entry_hpa % (1 << PAGE_SHIFT)) // 8
         self._words = {gfn: (mirror[gfn], external[gfn]) for gfn in mirror if gfn in external}
         pages = {gfn: self._look(gfn) for gfn in range(PAGES)}
+        kinds = memory_of(td)
         return {
-            gfn: p._replace(external=CLOSED) if closed and p != NOTHING else p
-            for gfn, p in pages.items()
+            gfn: Page(
+                page.mirror,
+                CLOSED if closed and page != NOTHING else page.external,
+                kinds.get(gfn, ""),
+            )
+            for gfn, page in pages.items()
         }
 
-    def _one(self, gfn: int) -> dict[int, Page]:
+    def _one(self, op: Op) -> dict[int, Page]:
         """What a call about one page can have changed."""
-        return {gfn: self._look(gfn)} if gfn in self._words else {}
+        assert self._seen is not None
+        if op.gfn not in self._words:
+            return {}
+        memory = self._pages[op.gfn].memory
+        if op.name in PAGES_OPS:
+            memory = memory_of(self._seen[0]).get(op.gfn, "")
+        return {op.gfn: self._look(op.gfn)._replace(memory=memory)}
 
     def _look(self, gfn: int) -> Page:
         assert self._seen is not None
@@ -150,7 +167,7 @@ class _Recorder:
         spte, septe = (view[word] for word in self._words[gfn])
         mirror = MAPPED if is_present_leaf(spte, 1) else BLOCKED if is_blocked_spte(spte) else EMPTY
         state = SEPT_STATE_BY_BITS.get(septe & SEPT_STATE_MASK)
-        return Page(mirror, state.name if state else FREE)
+        return Page(mirror, state.name if state else FREE, "")
 
 
 class PolicyTape(Tape):
@@ -202,9 +219,9 @@ def _action(frame: Frame) -> Action:
     """A frame as a tape has it."""
     name, gfn, level, answer = frame.op
     inputs = {"gfn": gfn} if gfn >= 0 else {}
+    if gfn >= 0 and (frame.is_event or name in PAGES_OPS):
+        inputs["pages"] = level
     if frame.is_event:
-        if gfn >= 0:
-            inputs["pages"] = level
         return Action("event", 0, name, "", inputs, _never_played)
     return Action("policy", 0, f"{name}: {answer}", "", inputs, _never_played)
 

@@ -1,4 +1,4 @@
-"""Tables of zap policies: workloads, counts, the rules that are broken, what a formula says."""
+"""Tables of policies: workloads, counts, the rules that are broken, what a formula says."""
 
 from __future__ import annotations
 
@@ -8,15 +8,28 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 
 from tdxlab import workloads
+from tdxlab.conversion import CONVERSION_RULES
+from tdxlab.conversions import WRONG_CONVERSIONS
 from tdxlab.invariants import INVARIANTS
 from tdxlab.policies import WRONG_POLICIES, AllAtOnce, Batches, KernelPolicy, RegionFirst
-from tdxlab.policy import RULES, ZapPolicy
-from tdxlab.policy_results import Result
-from tdxlab.policy_run import kernels_own, run
+from tdxlab.policy import RULES
+from tdxlab.policy_results import AnyResult, ConversionResult
+from tdxlab.policy_run import AnyPolicy, Given, kernels_own, run
 from tdxlab.study import plots
-from tdxlab.study.palette import BLACK, BLUE, GREEN, GREY, SKY, VERMILLION, WHITE, YELLOW, Look
+from tdxlab.study.palette import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    WHITE,
+    YELLOW,
+    Look,
+)
 from tdxlab.study.plots import Series, stacked_bars
-from tdxlab.workloads import SHARED, Event, Workload
+from tdxlab.workloads import PRIVATE, SHARED, Event, Workload
 
 #: What the bars of a policy are made of: field of a Result -> its look.
 COST_LOOKS = {
@@ -26,6 +39,13 @@ COST_LOOKS = {
     "remove": Look("REMOVE", GREEN, BLACK, "R", ""),
     "writeback": Look("WBINVD", SKY, BLACK, "W", "//"),
     "ipis": Look("IPIs", YELLOW, BLACK, "I", "--"),
+}
+#: As `COST_LOOKS`, of a conversion policy.
+CONVERSION_LOOKS = {
+    "calls": Look("system calls", PURPLE, BLACK, "C", ".."),
+    "entries": Look("entries", GREEN, BLACK, "E", ""),
+    "seamcalls": Look("SEAMCALLs", SKY, BLACK, "S", "//"),
+    "ipis": COST_LOOKS["ipis"],
 }
 _COST = Look("cost", BLUE, WHITE, "c", "")
 _SHUT = Look("most pages blocked at a time", GREY, BLACK, "b", "")
@@ -56,7 +76,7 @@ def _workload_row(workload: Workload) -> WorkloadRow:
 
 
 class ResultRow(NamedTuple):
-    """A result in short; see `policy_run.Result`."""
+    """A zap policy's result in short; see `policy_results.Result`."""
 
     policy: str
     workload: str
@@ -71,8 +91,28 @@ class ResultRow(NamedTuple):
     broken: str
 
 
-def result_row(result: Result) -> ResultRow:
+class ConversionRow(NamedTuple):
+    """A conversion policy's result in short; see `policy_results.ConversionResult`."""
+
+    policy: str
+    workload: str
+    requests: int
+    calls: int
+    entries: int
+    seamcalls: int
+    ipis: int
+    most_at_once: int
+    most_double: int
+    cost: int
+    broken: str
+
+
+def result_row(result: AnyResult) -> ResultRow | ConversionRow:
     """A result in short."""
+    broken = result.violation.rule if result.violation else "-"
+    if isinstance(result, ConversionResult):
+        names = ConversionRow._fields[:-1]
+        return ConversionRow._make((*(getattr(result, name) for name in names), broken))
     return ResultRow(
         result.policy,
         result.workload,
@@ -84,14 +124,14 @@ def result_row(result: Result) -> ResultRow:
         result.retries,
         result.most_blocked,
         result.cost,
-        result.violation.rule if result.violation else "-",
+        broken,
     )
 
 
 def result_rows(
-    policies: Sequence[ZapPolicy | type[ZapPolicy]], workload: str, gpaw: int
-) -> list[ResultRow]:
-    """Several policies in one workload."""
+    policies: Sequence[Given], workload: str, gpaw: int
+) -> list[ResultRow | ConversionRow]:
+    """Several policies of one kind in one workload."""
     return [result_row(run(policy, workload, gpaw=gpaw)) for policy in policies]
 
 
@@ -119,9 +159,14 @@ class RuleRow(NamedTuple):
 
 
 def rule_rows() -> list[RuleRow]:
-    """The policies' own, and the invariant that a policy can reach."""
+    """The zap policies' own, and the invariant that such a policy can reach."""
     name = next(one.name for one in INVARIANTS if one.number == 14)
     return [*(RuleRow(*item) for item in RULES.items()), RuleRow("invariant 14", name)]
+
+
+def conversion_rule_rows() -> list[RuleRow]:
+    """The conversion policies' own."""
+    return [RuleRow(*item) for item in CONVERSION_RULES.items()]
 
 
 class WrongRow(NamedTuple):
@@ -134,12 +179,19 @@ class WrongRow(NamedTuple):
 
 
 def wrong_rows(gpaw: int) -> list[WrongRow]:
-    """The policies that break a rule each."""
-    return [_wrong_row(policy, gpaw) for policy in WRONG_POLICIES]
+    """The zap policies that break a rule each."""
+    return [
+        _wrong_row(policy, ("boot", one_zap(8, 2), "teardown"), gpaw) for policy in WRONG_POLICIES
+    ]
 
 
-def _wrong_row(policy: ZapPolicy, gpaw: int) -> WrongRow:
-    for workload in ("boot", one_zap(8, 2), "teardown"):
+def wrong_conversion_rows(gpaw: int) -> list[WrongRow]:
+    """The conversion policies that break a rule each."""
+    return [_wrong_row(policy, ("boot", there_and_back()), gpaw) for policy in WRONG_CONVERSIONS]
+
+
+def _wrong_row(policy: AnyPolicy, tried: Sequence[Workload | str], gpaw: int) -> WrongRow:
+    for workload in tried:
         result = run(policy, workload, gpaw=gpaw)
         if result.violation is not None:
             return WrongRow(policy.title, result.workload, *result.violation)
@@ -172,6 +224,27 @@ def one_zap(
     touched = Event("touch", 0, pages if mapped is None else mapped)
     events = (touched, Event(SHARED, 0, pages, running))
     return Workload("one zap", "", 0, running + 1, 0, events)
+
+
+def there_and_back(running: int = 0) -> Workload:
+    """Pages become shared, some of them private again, and then others shared."""
+    events = (
+        Event("touch", 0, 48),
+        Event(SHARED, 0, 20, running),
+        Event(PRIVATE, 4, 8, running),
+        Event("touch", 4, 8),
+        Event(SHARED, 32, 16, running),
+    )
+    return Workload("there and back", "", 0, running + 1, 0, events)
+
+
+def conversion_formula(pages: int, requests: int, *, pre_faults: bool = False) -> tuple[int, int]:
+    """(system calls, entries) of `requests` conversions of `pages` in all that the guest uses: as
+    QEMU makes them, or pre-faulted. An entry before each request and after; one for each fault.
+    """
+    if pre_faults:
+        return 3 * requests, 2 * requests
+    return 2 * requests, 2 * requests + pages
 
 
 def formula(pages: int, batch: int, inside: int) -> tuple[int, int]:
@@ -227,11 +300,13 @@ def plot_batches(rows: Sequence[BatchRow], ax: Axes) -> Axes:
     return ax
 
 
-def plot_costs(rows: Sequence[Result], ax: Axes) -> Axes:
-    """What each result's cost is made of. rows: each policy and workload once."""
+def plot_costs(rows: Sequence[AnyResult], ax: Axes) -> Axes:
+    """What each result's cost is made of. rows: of one kind, each policy and workload once."""
+    conversions = bool(rows) and isinstance(rows[0], ConversionResult)
+    looks = CONVERSION_LOOKS if conversions else COST_LOOKS
+    title = "System calls, entries, SEAMCALLs, IPIs" if conversions else "SEAMCALLs and IPIs"
     series = [
-        Series(look, [int(getattr(row, field)) for row in rows])
-        for field, look in COST_LOOKS.items()
+        Series(look, [int(getattr(row, field)) for row in rows]) for field, look in looks.items()
     ]
     names = [f"{row.policy}, {row.workload}" for row in rows]
-    return stacked_bars(ax, names, series, unit="calls", title="SEAMCALLs and IPIs")
+    return stacked_bars(ax, names, series, unit="calls", title=title)

@@ -1,12 +1,23 @@
-"""Pictures of a policy's run: the pages in both trees, and the local leaderboard."""
+"""Pictures of a policy's run: the pages in both trees and in memory, and the local leaderboard."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tdxlab.policy_results import Result
+from tdxlab.policy_bench import PRIVATE_PAGE, SHARED_PAGE, TWICE
+from tdxlab.policy_results import AnyResult, ConversionResult
 from tdxlab.study.console_views import html_table
-from tdxlab.study.palette import BLACK, GREEN, SEPT_LOOKS, VERMILLION, Look
+from tdxlab.study.palette import (
+    BLACK,
+    BLUE,
+    GREEN,
+    SEPT_LOOKS,
+    SKY,
+    VERMILLION,
+    WHITE,
+    YELLOW,
+    Look,
+)
 from tdxlab.study.policy_lab import BLOCKED, FREE, MAPPED, Page
 from tdxlab.study.policy_tables import result_row
 from tdxlab.study.svg import entry_map
@@ -16,8 +27,25 @@ MIRROR_LOOKS = {
     MAPPED: Look(MAPPED, GREEN, BLACK, "M", ""),
     BLOCKED: Look(BLOCKED, VERMILLION, BLACK, "B", "xx"),
 }
-_COLUMNS = ("policy", "workload", "seamcalls", "ipis", "most_blocked", "cost", "broken")
-_HEAD = ("policy", "workload", "SEAMCALLs", "IPIs", "blocked at a time", "cost", "rule broken")
+#: What memory a page has -> its look.
+MEMORY_LOOKS = {
+    PRIVATE_PAGE: Look(PRIVATE_PAGE, BLUE, WHITE, "p", ""),
+    SHARED_PAGE: Look(SHARED_PAGE, SKY, BLACK, "s", "//"),
+    TWICE: Look(TWICE, YELLOW, BLACK, "2", "--"),
+}
+#: Columns of the leaderboard: name of the field, head.
+_COLUMNS = {
+    "policy": "policy",
+    "workload": "workload",
+    "seamcalls": "SEAMCALLs",
+    "ipis": "IPIs",
+    "most_blocked": "blocked at a time",
+    "calls": "system calls",
+    "entries": "entries",
+    "most_double": "twice in memory",
+    "cost": "cost",
+    "broken": "rule broken",
+}
 
 
 def mirror_svg(pages: Mapping[int, Page]) -> str:
@@ -32,8 +60,22 @@ def external_svg(pages: Mapping[int, Page]) -> str:
     return entry_map(cells, title="Secure EPT, gfns 0 to 511", unit="gfn")
 
 
-def board_html(results: Sequence[Result]) -> str:
-    """The runs so far: by workload, those that keep the rules first, then by cost."""
-    ranked = sorted(results, key=lambda r: (r.workload, r.violation is not None, r.cost))
+def memory_svg(pages: Mapping[int, Page]) -> str:
+    """The 512 pages as they take the host's memory."""
+    cells = {g: MEMORY_LOOKS[p.memory] for g, p in pages.items() if p.memory}
+    return entry_map(cells, title="pages of memory, gfns 0 to 511", unit="gfn")
+
+
+def board_html(results: Sequence[AnyResult]) -> str:
+    """The runs so far: zap policies, then conversion policies; by workload, those that keep the
+    rules first, then by cost.
+    """
+    ranked = sorted(results, key=_rank)
     rows = [result_row(result)._asdict() for result in ranked]
-    return html_table(_HEAD, [[str(row[name]) for name in _COLUMNS] for row in rows])
+    texts = [[str(row.get(name, "-")) for name in _COLUMNS] for row in rows]
+    return html_table(tuple(_COLUMNS.values()), texts)
+
+
+def _rank(result: AnyResult) -> tuple[bool, str, bool, int]:
+    is_conversion = isinstance(result, ConversionResult)
+    return is_conversion, result.workload, result.violation is not None, result.cost
