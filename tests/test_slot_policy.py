@@ -11,9 +11,8 @@ from tdxlab import invariants, steps, views
 from tdxlab.abi.leaves import TDH_MEM_RANGE_UNBLOCK
 from tdxlab.abi.status import (
     OPERAND_ID_RCX,
-    OPERAND_ID_SEPT_TREE,
+    TDX_EPT_ENTRY_STATE_INCORRECT,
     TDX_OPERAND_BUSY,
-    TDX_TLB_TRACKING_NOT_DONE,
 )
 from tdxlab.arch import PAGE_SIZE, SIZE_1G, SIZE_2M
 from tdxlab.crew import Actor
@@ -26,7 +25,7 @@ from tdxlab.kvm.tdp_iter import for_each_tdp_pte
 from tdxlab.machine import Machine
 from tdxlab.policies import KernelPolicy
 from tdxlab.policy import Surroundings, Tally
-from tdxlab.policy_run import zapper
+from tdxlab.policy_bench import zapper
 from tdxlab.races import build
 from tdxlab.steps import Operation
 from tdxlab.study import slot_costs
@@ -366,7 +365,7 @@ def test_a_choice_for_a_slot_comes_before_one_for_the_vm() -> None:
     assert gate.vm.slot_policies == ()
 
 
-@pytest.mark.parametrize("policy", ["f", "", 1, "zap"])
+@pytest.mark.parametrize("policy", ["f", "", 1, "zap", ["F"]])
 def test_choose_slot_policy_refuses_what_it_does_not_know(policy: Any) -> None:
     with pytest.raises(ValueError, match="there is no policy"):
         plain().choose_slot_policy(policy)
@@ -376,6 +375,14 @@ def test_choose_slot_policy_refuses_to_block_where_there_is_no_secure_ept() -> N
     gate = plain()
     with pytest.raises(ValueError, match="no Secure EPT"):
         gate.choose_slot_policy("B")
+    assert gate.vm.slot_policies == ()
+
+
+@pytest.mark.parametrize("slot", [-1, 32764, "1", 0.5])
+def test_choose_slot_policy_refuses_what_is_no_number_of_a_slot(slot: Any) -> None:
+    gate = plain()
+    with pytest.raises(ValueError, match=r"no slot has the number .* choose 0\.\.32763"):
+        gate.choose_slot_policy("T", slot)
     assert gate.vm.slot_policies == ()
 
 
@@ -538,10 +545,36 @@ def test_a_busy_unblock_is_answered_with_a_kick_and_a_second_call() -> None:
 
 def test_an_unblock_that_fails_ends_the_td() -> None:
     parked = Parked()
-    status = TDX_TLB_TRACKING_NOT_DONE | OPERAND_ID_SEPT_TREE
+    status = TDX_EPT_ENTRY_STATE_INCORRECT | OPERAND_ID_RCX
     with FailNth(parked.machine.host, TDH_MEM_RANGE_UNBLOCK, n=3, status=status):
         parked.back()
     assert "TDH_MEM_RANGE_UNBLOCK" in parked.td.vm.vm_bugged
+
+
+def test_pages_blocked_before_the_td_could_run_come_back_afterwards() -> None:
+    td = td_of(48, launch=False)
+    backing = td.add_memory(SIZE_1G, SIZE_2M)
+    td.add_image(SIZE_1G, b"mine" + bytes(2 * PAGE_SIZE))
+    td.choose_slot_policy("B")
+    took = delete(td, backing)
+    assert (took["RANGE.BLOCK"], took["TRACK"], took["kicks"]) == (3, 0, 0)
+    td.finalize()
+    before = counts(td)
+    create(td, backing)
+    after = counts(td)
+    assert [after[name] - before[name] for name in ("RANGE.UNBLOCK", "TRACK")] == [4, 1]
+    assert td.read(SIZE_1G, 4).value == b"mine"
+    invariants.check(td.host.machine, "alive")
+
+
+def test_a_slot_without_a_file_goes_as_by_zapping_leaves_where_others_are_blocked() -> None:
+    td = td_of(48)
+    backing = td.add_memory(SIZE_1G, SIZE_2M, private=False)
+    assert td.touch(SIZE_1G | td.guest.shared_mask).ok
+    td.choose_slot_policy("B")
+    took = delete(td, backing)
+    assert (took["cleared"], took["flushes"], took["RANGE.BLOCK"]) == (1, 1, 0)
+    assert td.vm.parked == ()
 
 
 def test_pages_that_the_guest_never_accepted_are_pending_again() -> None:
