@@ -33,7 +33,7 @@ def choose_slot_policy(vm: Vm, policy: str | None, slot_id: int | None = None) -
     Refuses, in order: another policy; B for a VM without a mirror, which has nothing to block; what
     is no number of a slot: ValueError.
     """
-    if policy is not None and policy not in tuple(SLOT_POLICIES):
+    if policy is not None and policy not in SLOT_POLICIES:
         names = ", ".join(f"{name!r} ({what})" for name, what in SLOT_POLICIES.items())
         raise ValueError(f"there is no policy {policy!r}; choose {names}, or None for Linux 6.16's")
     if policy == BLOCK and not vm.has_mirrored_tdp:
