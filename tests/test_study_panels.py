@@ -75,6 +75,33 @@ def test_buttons_move_the_tape_and_the_slider(panel: Counter) -> None:
     assert panel.scrub.max == len(panel.tape)
 
 
+def test_the_slider_hears_of_its_end_and_its_value_at_once(
+    panel: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[dict[str, object]] = []
+    monkeypatch.setattr(panel.scrub, "_send", lambda message, **_: said.append(message["state"]))
+    panel.tape = Tape(booted_machine())
+    panel.act(lambda: None)
+    assert said == [{"max": 1, "value": 0}]
+
+
+def test_where_the_clock_is_the_browser_says_and_nobody_answers(
+    panel: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[dict[str, object]] = []
+    monkeypatch.setattr(panel._clock, "_send", lambda message, **_: said.append(message["state"]))
+    panel._clock.set_state({"value": len(panel.tape)})
+    panel.tape = Tape(booted_machine())
+    panel.act(lambda: None)
+    panel._clock.set_state({"value": 50})
+    assert said == [{"max": 1}]
+
+
+def test_a_loaded_page_asks_the_slider_where_the_clock_is(panel: Counter) -> None:
+    (tie,) = [tie for tie in panel._ties if (panel._clock, "value") in (tie.source, tie.target)]
+    assert tie.source == (panel.scrub, "value")
+
+
 def test_a_fast_slider_ends_in_the_right_state(panel: Counter) -> None:
     for position in (3, 50, 17, 80, 41):
         panel.scrub.value = position

@@ -58,7 +58,6 @@ class AttackPanel(Panel):
     def _run(self) -> None:
         self.lab.record(self.attack.value, self.lacks.value)
         self.tape = self.lab.stage.tape
-        self._clock.value = 0
 
     def _finish(self) -> None:
         if self.lab.is_over:

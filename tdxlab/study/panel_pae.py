@@ -129,7 +129,6 @@ class PaePanel(Panel):
             encrypted=self.encrypted.value,
         )
         self.tape = self.lab.tape
-        self._clock.value = 0
 
     def _use(self) -> None:
         self.lab.use(self.process.value, self.gib.value)

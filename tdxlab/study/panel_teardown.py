@@ -149,7 +149,6 @@ class TeardownPanel(Panel):
         )
         self._play_from_the_beginning(self.order.value, self.failure())
         self.tape = self.lab.tape
-        self._clock.value = 0
 
     def _play_from_the_beginning(self, order: str, failure: Failure | None) -> None:
         self.lab.destroy(order, failure)

@@ -64,7 +64,6 @@ class TypePanel(Panel):
             quirk=not self.no_quirk.value,
         )
         self.tape = self.lab.tape
-        self._clock.value = 0
 
     def _do(self) -> None:
         self.lab.do(self.deed.value)

@@ -143,7 +143,9 @@ class Panel:
 
     def draw(self) -> None:
         """Show the present state everywhere."""
-        with self.scrub.hold_trait_notifications():
+        # The browser hears of both in one message. If the new end came alone, it would cut its old
+        # value down to that, and tell us so as if a reader had moved the slider.
+        with self.scrub.hold_sync(), self.scrub.hold_trait_notifications():
             self.scrub.max = max(len(self.tape), 1)
             self.scrub.value = self.tape.position
         self._clock.max = self.scrub.max
@@ -169,7 +171,10 @@ class Panel:
 
     def _player(self) -> tuple[ipywidgets.ToggleButton, ipywidgets.IntSlider]:
         """The play button and the slider. The clock between them runs in the browser: the button
-        starts and stops it, and its ticks move the slider.
+        starts and stops it, its ticks move the slider, and it goes along when the slider moves.
+
+        Where the clock is, the browser alone knows: it is late here, and an answer, such as one
+        that fits it to another end of the tape, would move the slider back in the browser.
         """
         play = ipywidgets.ToggleButton(
             description="Play", icon="play", tooltip="run to the end", layout={"width": "auto"}
@@ -181,9 +186,11 @@ class Panel:
         scrub.add_class("tdxlab-scrub")
         scrub.observe(self._scrubbed, names="value")
         self._clock = ipywidgets.Play(interval=PLAY_MILLISECONDS, layout={"display": "none"})
+        self._clock.keys.remove("value")
+        # A link begins with its first end's value: a page that is loaded anew asks the slider.
         self._ties = (
             ipywidgets.jslink((play, "value"), (self._clock, "playing")),
-            ipywidgets.jslink((self._clock, "value"), (scrub, "value")),
+            ipywidgets.jslink((scrub, "value"), (self._clock, "value")),
         )
         return play, scrub
 

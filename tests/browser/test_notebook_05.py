@@ -48,6 +48,11 @@ def test_moves_keys_and_a_violation_show_what_python_counts(
     assert_fits(shown)
 
 
+def test_the_panel_stands_where_the_cells_left_it(notebook: LabPage) -> None:
+    shown = PanelPage(notebook.page)
+    shown.click("tdxlab-back", then="Step 10 of 11")
+
+
 def find_a_violation(shown: PanelPage, here: RacePanel) -> None:
     """Set the race up with a break, and step into what goes wrong."""
     shown.root.locator(".tdxlab-rule select").select_option(label="no-freeze")
