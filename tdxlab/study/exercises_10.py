@@ -282,7 +282,10 @@ def _busy(gpaw: int, seed: int) -> Variant:
         f"  {letter}) {kind}: {'a reader' if hold == READER else 'an owner'} holds {_held(lock)}"
         for letter, (kind, lock, hold) in letters.items()
     )
-    question = f"In which of these cases is RECLAIM of the page TDX_OPERAND_BUSY? A set.\n{listed}"
+    question = (
+        "In which of these cases does RECLAIM of the page answer TDX_OPERAND_BUSY? Give a set of "
+        f'letters such as {{"a", "b"}}, set() for none.\n{listed}'
+    )
     return Variant(question, right, hint)
 
 
@@ -302,12 +305,13 @@ def _noticed(gpaw: int, seed: int) -> Variant:
         wrong = [name for name, a, b in zip(names, said, outcomes, strict=True) if a != b]
         return (
             f"Not for {', '.join(wrong)}. What does this caller have in its hands, what does the "
-            "function declare, and what does the module check? outcome(scene, style, bug) tells."
+            "function declare, and what does the module check? bug_rows(scene, [bug]) tells, with "
+            "the bug of all_bugs() that is printed like this one."
         )
 
     question = (
-        f'A bug: "{bug}". Who notices it in the styles {", ".join(names)}? A tuple of four of the '
-        f"words {', '.join(OUTCOMES)}. (start is 0 and again is 1.)"
+        f'A bug: "{bug}". Who notices it in the styles {", ".join(names)}? Give a tuple of four '
+        f"texts: {', '.join(map(repr, OUTCOMES))}. (start is 0 and again is 1.)"
     )
     return Variant(question, outcomes, hint)
 
