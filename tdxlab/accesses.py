@@ -71,6 +71,14 @@ class MapGpaAnswer(NamedTuple):
     gpa: int
 
 
+def require_kinds(access: Access) -> None:
+    """Refuse, with a ValueError, an access with a value of the wrong kind."""
+    for name, value in zip(access._fields, access, strict=True):
+        if not isinstance(value, bytes | bytearray if name == "data" else int):
+            kind = "bytes, such as b'hello'" if name == "data" else "an int"
+            raise ValueError(f"{access!r}: {name} is {value!r}; give {kind}")
+
+
 def pages_of(gpa: int, size: int) -> Iterator[tuple[int, int]]:
     """(start, length) of the part of `size` bytes at `gpa` in each page that they touch."""
     end = gpa + size

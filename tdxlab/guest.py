@@ -32,6 +32,7 @@ from tdxlab.accesses import (
     Write,
     accesses_of,
     pages_of,
+    require_kinds,
 )
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE, SIZE_2M
 from tdxlab.bare import BareMachine
@@ -145,6 +146,7 @@ class Guest:
                 f"{access!r} is no access of a guest; "
                 "a program yields Read, Write, Fetch, Accept, MapGpa or Hlt"
             )
+        require_kinds(access)
         if isinstance(access, Read | Write):
             size = access.size if isinstance(access, Read) else len(access.data)
             self.require_gpa(access.gpa, size)

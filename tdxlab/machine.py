@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 
 from tdxlab import accounts, steps
 from tdxlab.arch import GPAW_CHOICES, PAGE_SIZE, SIZE_1G, shared_bit
+from tdxlab.arguments import checked
 from tdxlab.bare import BareMachine
 from tdxlab.failures import Failure, Pace, injected
 from tdxlab.hardware import default_platform
@@ -49,6 +50,7 @@ class Machine(BareMachine, Journalled):
 
     _created = Field(0)
 
+    @checked
     def __init__(
         self,
         *,
@@ -78,6 +80,7 @@ class Machine(BareMachine, Journalled):
 
     # -- VMs
 
+    @checked
     def create_td(
         self,
         *,
@@ -125,6 +128,7 @@ class Machine(BareMachine, Journalled):
                 td.finalize()
         return td
 
+    @checked
     def create_vm(
         self,
         *,
@@ -160,6 +164,7 @@ class Machine(BareMachine, Journalled):
             vm.add_memory(0, size, private=vm.vm.features.has_private_mem)
         return vm
 
+    @checked
     def add_firmware(self, td: Td, image: bytes) -> int:
         """Give a TD that is not finalized measured firmware: memory that ends at 4 GiB as on a PC,
         or behind the TD's memory where that is larger. Returns its GPA.
@@ -185,6 +190,7 @@ class Machine(BareMachine, Journalled):
             )
         return size
 
+    @checked
     def failing(
         self, *failures: Failure, td: Td | None = None, pace: Pace | None = None
     ) -> AbstractContextManager[list[Nth]]:
@@ -195,6 +201,7 @@ class Machine(BareMachine, Journalled):
 
     # -- counts
 
+    @checked
     def tables(self, vm: Gate) -> dict[str, accounts.Levels]:
         """Occupancy of a VM's page tables: tree ("mirror", "external", "direct") -> name of a level
         ("4K" for the tables of 4 KiB entries) -> tables, entries, bytes.

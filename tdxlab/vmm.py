@@ -7,10 +7,11 @@ Source: QEMU 10, accel/kvm/kvm-all.c and target/i386/kvm/tdx.c, for what a VMM d
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 
 from tdxlab.accesses import pages_of
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
+from tdxlab.arguments import checked
 from tdxlab.guest import Access, Fetch, MapGpa, Program, Read, Write
 from tdxlab.kvm.exits import KvmExit
 from tdxlab.kvm.vm import Vcpu
@@ -28,6 +29,7 @@ class Gate(Ioctls):
 
     # -- running
 
+    @checked
     def vcpu(self, number: int) -> Vcpu:
         """vCPU `number` of this VM. Refuses one that it does not have: ValueError."""
         for vcpu in self.vm.vcpus:
@@ -36,6 +38,7 @@ class Gate(Ioctls):
         have = ", ".join(str(vcpu.vcpu_id) for vcpu in self.vm.vcpus) or "none"
         raise ValueError(f"{self.vm.name} has no vCPU {number!r}; it has {have}")
 
+    @checked
     def run(
         self,
         program: Program,
@@ -53,7 +56,7 @@ class Gate(Ioctls):
         """
         self.require_alive("KVM_RUN")
         found = self.own_vcpu(vcpu)
-        if isinstance(program, list | tuple):
+        if isinstance(program, Collection):
             for access in program:
                 self.guest.require(access)
         lp = self.lp_for(found) if lp is None else lp
@@ -62,6 +65,7 @@ class Gate(Ioctls):
         result: RunResult = self.drive("KVM_RUN", operation, lp, gauge)
         return result
 
+    @checked
     def run_steps(
         self, program: Program, *, vcpu: int | Vcpu = 0, lp: int | None = None
     ) -> Operation:
@@ -86,6 +90,7 @@ class Gate(Ioctls):
         """
         return (1 << 8 * size) - 1
 
+    @checked
     def own_vcpu(self, vcpu: int | Vcpu) -> Vcpu:
         """The vCPU of this VM that is meant; one of another VM is refused: ValueError."""
         if isinstance(vcpu, int):
@@ -100,6 +105,7 @@ class Gate(Ioctls):
 
     # -- for people: what the guest does, by the addresses of its memory
 
+    @checked
     def touch(
         self,
         gpa: int,
@@ -128,10 +134,12 @@ class Gate(Ioctls):
             if progress is not None:
                 progress(number + 1, len(pages))
 
+    @checked
     def fetch(self, gpa: int, *, vcpu: int | Vcpu = 0) -> RunResult:
         """The guest runs an instruction at `gpa`."""
         return self.run([Fetch(self.guest.alias(gpa))], vcpu=vcpu)
 
+    @checked
     def write(self, gpa: int, data: bytes, *, vcpu: int | Vcpu = 0) -> RunResult:
         """The guest writes `data` at `gpa`, page by page, shared where it has converted a page."""
         self.guest.require_gpa(gpa, len(data))
@@ -141,6 +149,7 @@ class Gate(Ioctls):
         ]
         return self.run(pieces, vcpu=vcpu)
 
+    @checked
     def read(self, gpa: int, size: int, *, vcpu: int | Vcpu = 0) -> RunResult:
         """The guest reads, as `write`; the result's `value` are the bytes that it got."""
         self.guest.require_gpa(gpa, size)
@@ -148,6 +157,7 @@ class Gate(Ioctls):
         result = self.run(pieces, vcpu=vcpu)
         return result._replace(answers=(b"".join(result.answers),) if result.answers else ())
 
+    @checked
     def convert(
         self,
         gpa: int,
@@ -170,6 +180,7 @@ class Gate(Ioctls):
         gauge = Gauge(_CONVERTING, size >> PAGE_SHIFT, progress) if progress else None
         return self.run([MapGpa(asked, size)], vcpu=vcpu, gauge=gauge)
 
+    @checked
     def require_convertible(self, gpa: int, size: int, to: str) -> None:
         """Refuse, with a ValueError, what `convert` refuses."""
         if to not in ("shared", "private"):

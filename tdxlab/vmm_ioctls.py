@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from tdxlab import steps
 from tdxlab.accesses import pages_of
 from tdxlab.arch import PAGE_SIZE
+from tdxlab.arguments import checked
 from tdxlab.guest import Guest
 from tdxlab.journal import Field, Fields, Journal, Journalled
 from tdxlab.kvm.attributes import KVM_MEMORY_ATTRIBUTE_PRIVATE
@@ -164,6 +165,7 @@ class Ioctls(Journalled):
         thread = self.host.on_cpu(self.host.idle_lp() if lp is None else lp, operation)
         return steps.run(thread if gauge is None else gauge.watch(thread))
 
+    @checked
     def set_user_memory_region(
         self,
         slot: int,
@@ -204,6 +206,7 @@ class Ioctls(Journalled):
         )
         return (yield from operation)
 
+    @checked
     def choose_slot_policy(self, policy: str | None, slot: int | None = None) -> None:
         """From now on a memslot that is deleted goes by "F" (zap all), "T" (zap leaves) or "B"
         (block); None: as Linux 6.16 decides. slot: its number; None for all.
@@ -212,6 +215,7 @@ class Ioctls(Journalled):
         """
         choose_slot_policy(self.vm, policy, slot)
 
+    @checked
     def set_memory_attributes(self, gpa: int, size: int | str, *, private: bool) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES. Raises IoctlError as `kvm_vm_ioctl_set_mem_attributes`
         refuses.
@@ -226,6 +230,7 @@ class Ioctls(Journalled):
         attributes = KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
         return (yield from kvm_vm_ioctl_set_mem_attributes(self.vm, gpa, size, attributes))
 
+    @checked
     def punch_hole(self, gpa: int, size: int | str) -> None:
         """fallocate(2) punches the guest_memfd pages behind these GPAs out: their data is lost.
 
@@ -252,6 +257,7 @@ class Ioctls(Journalled):
 
     # -- memory
 
+    @checked
     def add_memory(self, gpa: int, size: int | str, *, private: bool = True) -> Backing:
         """Give the guest memory at `gpa`: a mapping for what is shared, with `private` also a
         guest_memfd, the slot, and the PRIVATE attribute. Returns how it is backed.
@@ -293,6 +299,7 @@ class Ioctls(Journalled):
         """The GPAs that have memory, for people."""
         return ", ".join(f"{b.gpa:#x}..{b.end - 1:#x}" for b in self.backings) or "none"
 
+    @checked
     def read_shared(self, gpa: int, size: int) -> bytes:
         """What the VMM sees at these GPAs: its own mapping, the guest's shared memory.
 
@@ -301,6 +308,7 @@ class Ioctls(Journalled):
         hva = self._hva(gpa, size)
         return b"".join(self.user_memory.read(*piece) for piece in pages_of(hva, size))
 
+    @checked
     def write_shared(self, gpa: int, data: bytes) -> None:
         """As `read_shared`, the other way."""
         hva = self._hva(gpa, len(data))

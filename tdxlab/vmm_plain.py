@@ -13,6 +13,7 @@ from errno import EBADF
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.arch import EPT_EXECUTE, EPT_READ, EPT_WRITE
+from tdxlab.arguments import checked
 from tdxlab.cpu import EptMisconfiguration, Translation
 from tdxlab.guest import Guest
 from tdxlab.kvm.exits import KvmExit
@@ -143,6 +144,7 @@ class PlainVm(Gate):
         assert isinstance(vcpu, VmxVcpu)
         return vmx_vcpu_ioctl_run(vcpu)
 
+    @checked
     def convert(
         self,
         gpa: int,

@@ -16,6 +16,7 @@ from errno import EINVAL
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.arch import EPT_EXECUTE, EPT_READ, EPT_WRITE, PAGE_SHIFT, PAGE_SIZE
+from tdxlab.arguments import checked
 from tdxlab.cpu import Translation
 from tdxlab.journal import Field
 from tdxlab.kvm.params import VmConfig
@@ -91,6 +92,7 @@ class SnpVm(PlainVm):
         snp_launch_finish(self.vm)
         self.launched = True
 
+    @checked
     def convert(
         self,
         gpa: int,

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from errno import EBADF, EBUSY, EEXIST, EINVAL, EIO, ENOMEM, ENOSPC
 
 from tdxlab.arch import GPAW_CHOICES, PAGE_SHIFT, PAGE_SIZE
+from tdxlab.arguments import checked
 from tdxlab.guest import Guest
 from tdxlab.kvm.exits import KvmExit
 from tdxlab.kvm.params import KVM_X86_TDX_VM, VmConfig
@@ -99,6 +100,7 @@ class Td(Gate):
 
     # -- building
 
+    @checked
     def init_vm(self, *, max_vcpus: int = 16, sept_ve_disable: bool = True) -> None:
         """KVM_TDX_INIT_VM: create the TD in the module. Raises IoctlError."""
         attributes = SEPT_VE_DISABLE if sept_ve_disable else 0
@@ -123,6 +125,7 @@ class Td(Gate):
         created.append(vcpu)
         return 0
 
+    @checked
     def add_image(self, gpa: int, content: bytes, *, measure: bool = True) -> None:
         """KVM_TDX_INIT_MEM_REGION: put `content` into the guest's first memory at `gpa`, padded
         with zeros to whole pages; `measure` it. Raises IoctlError.
@@ -163,6 +166,7 @@ class Td(Gate):
         assert isinstance(vcpu, TdxVcpu)
         return kvm_vcpu_ioctl_run(vcpu)
 
+    @checked
     def zap_in_batches(self, pages: int) -> None:
         """From now on KVM removes private pages up to `pages` (1..512) at a time, with one TLB
         flush for all of them; 0: one by one, as at the beginning. Refuses other numbers:
@@ -172,6 +176,7 @@ class Td(Gate):
         """
         set_zap_batch(self.tdx, pages)
 
+    @checked
     def interrupt(self, vcpu: int | Vcpu = 0) -> None:
         """Inject an interrupt: a vCPU that waits for one goes on, one in the guest leaves it.
 
@@ -184,6 +189,7 @@ class Td(Gate):
 
     # -- the end
 
+    @checked
     def destroy(self, *, progress: Progress | None = None) -> None:
         """Close all file descriptors: private pages are removed, the KeyID goes back, every page is
         reclaimed. progress: told (pages given back, in all).

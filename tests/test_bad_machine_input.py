@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tdxlab.arch import PAGE_SIZE, SIZE_1G, SIZE_2M
-from tdxlab.guest import Read, Write
+from tdxlab.guest import MapGpa, Read, Write
 from tdxlab.kvm.params import KVM_X86_DEFAULT_VM, KVM_X86_TDX_VM
 from tdxlab.kvm.slots import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from tdxlab.machine import Machine
@@ -44,6 +44,11 @@ def region(td: Td, gpa: int, size: int | str, slot: int = 7, **more: Any) -> Non
     td.set_user_memory_region(slot, gpa, size, **more)
 
 
+def _any(value: Any) -> Any:
+    """`value`, of which mypy shall not say that it is wrong."""
+    return value
+
+
 Mistake = Callable[[Scene], object]
 
 #: What a user does wrong, the errno (None: the library refuses before KVM is asked), and words of
@@ -76,6 +81,40 @@ MISTAKES: dict[str, tuple[Mistake, int | None, tuple[str, ...]]] = {
         None,
         ("VM type 5", "create_td"),
     ),
+    # -- things of the wrong kind
+    "GPAW in quotes": (lambda s: Machine(gpaw=_any("48")), None, ("gpaw is '48'", "give an int")),
+    "vCPUs in quotes": (
+        lambda s: s.machine.create_td(vcpus=_any("2")),
+        None,
+        ("vcpus is '2'", "give an int"),
+    ),
+    "GPA in quotes": (lambda s: s.td.touch(_any("0x1000")), None, ("gpa is '0x1000'", "an int")),
+    "half a GPA": (lambda s: s.td.run([Read(_any(0.5))]), None, ("gpa is 0.5", "an int")),
+    "words as a size": (lambda s: s.td.run([Read(0, _any("8"))]), None, ("size is '8'", "an int")),
+    "half a GPA to convert": (
+        lambda s: s.td.run([MapGpa(_any(1.5), PAGE_SIZE)]),
+        None,
+        ("gpa is 1.5", "give an int"),
+    ),
+    "text to store": (
+        lambda s: s.td.run([Write(0, _any("x"))]),
+        None,
+        ("data is 'x'", "give bytes"),
+    ),
+    "text to write": (lambda s: s.td.write(0, _any("hello")), None, ("data is 'hello'", "bytes")),
+    "LP in quotes": (lambda s: s.td.run([Read(0)], lp=_any("0")), None, ("lp is '0'", "an int")),
+    "conversion to 1": (
+        lambda s: s.td.convert(0, PAGE_SIZE, to=_any(1)),
+        None,
+        ("to is 1", "give a str"),
+    ),
+    "attributes that are neither": (
+        lambda s: s.td.set_memory_attributes(0, PAGE_SIZE, private=_any("yes")),
+        None,
+        ("private is 'yes'", "True or False"),
+    ),
+    "program of words": (lambda s: s.td.run(_any("read")), None, ("'r' is no access",)),
+    "tables of a number": (lambda s: s.machine.tables(_any(3)), None, ("vm is 3",)),
     # -- memslots
     "overlapping slot": (
         lambda s: region(s.td, MEMORY - PAGE_SIZE, SIZE_2M),
