@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tdxlab.kvm import parking
+from tdxlab.kvm import parking, zap
 from tdxlab.study import check, exercises, exercises_09, panel_slot, slot_costs, slot_tables
 from tdxlab.study.exercises import Variant
 from tdxlab.study.exercises_09 import EXERCISES
@@ -263,6 +263,7 @@ DAMAGES: dict[str, list[tuple[Any, str, Any, str]]] = {
         (parking, "_is_again", lambda *_: False, "kept-run"),
         (parking, "_is_again", lambda *_: False, "panel-create"),
         (exercises_09, "kvm_memslot_flush_zap_all", lambda vm: True, "exercise-1-solution"),
+        (zap, "kvm_memslot_flush_zap_all", lambda vm: False, "decide-run"),
     ],
     "in the study": [
         (slot_costs, "LINES_PER_PAGE", 1, "private-run"),

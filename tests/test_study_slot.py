@@ -23,6 +23,7 @@ from tdxlab.study.slot_lab import DEFAULT, REST, SLOT, TD, SlotLab
 from tdxlab.study.slot_tables import (
     beside_rows,
     bill_rows,
+    decision_rows,
     huge_rows,
     kept_rows,
     level_rows,
@@ -139,6 +140,23 @@ def test_kept_rows_say_who_keeps_its_data(gpaw: int) -> None:
     assert rows[TD, "F"].deleted_reads == "its own data"
     assert rows[DEFAULT, "F"][3:] == ("ones: no memory", "its own data", "its own data", 8)
     assert rows[DEFAULT, "T"].rest_faults == 0
+
+
+@WIDTHS
+def test_decision_rows_say_which_policy_a_deletion_went_by(gpaw: int) -> None:
+    rows = [
+        (row.vm, row.quirk, row.for_vm + row.for_slot, row.goes_by) for row in decision_rows(gpaw)
+    ]
+    assert rows == [
+        ("DEFAULT VM", "on", "--", "F"),
+        ("DEFAULT VM", "off", "--", "T"),
+        ("SW_PROTECTED VM", "on", "--", "T"),
+        ("TD", "on", "--", "T"),
+        ("DEFAULT VM", "on", "T-", "T"),
+        ("DEFAULT VM", "on", "TF", "F"),
+        ("TD", "on", "B-", "B"),
+        ("TD", "on", "BT", "T"),
+    ]
 
 
 @WIDTHS

@@ -12,6 +12,7 @@ from tdxlab.accesses import Write
 from tdxlab.arch import PAGE_SIZE, SIZE_1G
 from tdxlab.host import Host
 from tdxlab.host_td import HostTd
+from tdxlab.kvm.params import KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM, VmConfig
 from tdxlab.machine import Machine
 from tdxlab.scenarios import booted_machine
 from tdxlab.study import slot_costs
@@ -73,6 +74,64 @@ def _use_and_delete(lab: SlotLab, vm: str, policy: str | None, npages: int) -> N
     lab.use(vm, REST, npages)
     lab.use(vm, SLOT, npages)
     lab.delete(vm, policy=policy)
+
+
+# -- who decides
+
+
+class DecisionRow(NamedTuple):
+    """A slot is deleted. quirk: SLOT_ZAP_ALL. for_vm, for_slot: what user space chose, "-" without
+    a choice. goes_by: the policy that it went by.
+    """
+
+    vm: str
+    quirk: str
+    for_vm: str
+    for_slot: str
+    goes_by: str
+
+
+_SW_PROTECTED = "SW_PROTECTED VM"
+#: VM; whether the quirk is on; choices for the VM and for the slot.
+_DECISIONS: tuple[tuple[str, bool, str | None, str | None], ...] = (
+    (DEFAULT, True, None, None),
+    (DEFAULT, False, None, None),
+    (_SW_PROTECTED, True, None, None),
+    (TD, True, None, None),
+    (DEFAULT, True, "T", None),
+    (DEFAULT, True, "T", "F"),
+    (TD, True, "B", None),
+    (TD, True, "B", "T"),
+)
+
+
+def decision_rows(gpaw: int) -> list[DecisionRow]:
+    """One row for each of several VMs: what Linux 6.16 does, then what a choice does."""
+    machine = Machine(gpaw=gpaw, memory="1 GiB", lps=2, packages=1)
+    return [_decision_row(machine, *decision) for decision in _DECISIONS]
+
+
+def _decision_row(
+    machine: Machine, kind: str, quirk: bool, for_vm: str | None, for_slot: str | None
+) -> DecisionRow:
+    number = KVM_X86_SW_PROTECTED_VM if kind == _SW_PROTECTED else KVM_X86_DEFAULT_VM
+    config = VmConfig(vm_type=number, slot_zap_all=quirk)
+    gate: Gate = (
+        machine.create_td(memory=PAGE_SIZE)
+        if kind == TD
+        else machine.create_vm(memory=PAGE_SIZE, config=config)
+    )
+    gate.choose_slot_policy(for_vm)
+    gate.choose_slot_policy(for_slot, 0)
+    gate.touch(0)
+    generation = gate.vm.mmu_valid_gen
+    gate.set_user_memory_region(0, 0, 0)
+    is_new = gate.vm.mmu_valid_gen != generation
+    goes_by = "F" if is_new else "B" if gate.vm.parked else "T"
+    return DecisionRow(kind, "on" if quirk else "off", for_vm or "-", for_slot or "-", goes_by)
+
+
+# -- what it costs
 
 
 class BillRow(NamedTuple):
