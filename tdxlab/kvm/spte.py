@@ -337,7 +337,7 @@ def make_small_spte(vm: Vm, huge_spte: int, role: int, index: int) -> int:
     if level == 1:
         spte &= ~PT_PAGE_SIZE_MASK
         if role >> 8 & ACC_EXEC_MASK and vm.params.nx_huge_pages:
-            spte |= EPT_EXECUTE
+            spte = modify_spte_protections(spte, EPT_EXECUTE, 0)
     return spte
 
 
@@ -348,7 +348,19 @@ def make_huge_spte(vm: Vm, small_spte: int, level: int) -> int:
         return SHADOW_NONPRESENT_VALUE
     size = 1 << (PAGE_SHIFT + LEVEL_BITS * (level - 1))
     spte = (small_spte | PT_PAGE_SIZE_MASK) & (~(size - 1) & MASK64 | PAGE_OFFSET_MASK)
-    return spte & ~EPT_EXECUTE if vm.params.nx_huge_pages else spte
+    return modify_spte_protections(spte, 0, EPT_EXECUTE) if vm.params.nx_huge_pages else spte
+
+
+def modify_spte_protections(spte: int, set_bits: int, clear_bits: int) -> int:
+    """A leaf with other R, W, X bits; of an access-tracked one those that it will get back change.
+
+    Source: spte.c, modify_spte_protections.
+    """
+    is_access_track = is_access_track_spte(spte)
+    if is_access_track:
+        spte = restore_acc_track_spte(spte)
+    spte = (spte | set_bits) & ~clear_bits
+    return mark_spte_for_access_track(spte) if is_access_track else spte
 
 
 # -- MMIO entries

@@ -323,6 +323,14 @@ def test_make_small_spte_gives_x_back_at_4k_under_the_nx_workaround() -> None:
     assert make_small_spte(vm, LARGE_LEAF & ~4, ROLE | 2, 0) == LARGE_LEAF & ~4
 
 
+def test_make_small_spte_keeps_an_access_tracked_leaf_tracked_under_the_nx_workaround() -> None:
+    vm = vm_with(MmuParams(nx_huge_pages=True))
+    tracked = mark_spte_for_access_track(LARGE_LEAF & ~4 | SPTE_TDP_AD_DISABLED)
+    small = make_small_spte(vm, tracked, ROLE | 1, 0)
+    assert small == mark_spte_for_access_track(LEAF | SPTE_TDP_AD_DISABLED)
+    assert restore_acc_track_spte(small) & 7 == 5
+
+
 @pytest.mark.parametrize("spte", [FROZEN_SPTE, SHADOW_NONPRESENT_VALUE, NONLEAF])
 def test_make_small_spte_of_no_large_leaf_is_a_bug(vm: Vm, spte: int) -> None:
     assert make_small_spte(vm, spte, ROLE | 1, 0) == SHADOW_NONPRESENT_VALUE
@@ -338,6 +346,13 @@ def test_make_huge_spte_rounds_the_address_down(vm: Vm) -> None:
 
 def test_make_huge_spte_is_not_executable_under_the_nx_workaround() -> None:
     assert make_huge_spte(vm_with(MmuParams(nx_huge_pages=True)), LEAF, 2) == LARGE_LEAF & ~4
+
+
+def test_make_huge_spte_takes_x_from_an_access_tracked_leaf_under_the_nx_workaround() -> None:
+    tracked = mark_spte_for_access_track(LEAF | SPTE_TDP_AD_DISABLED)
+    huge = make_huge_spte(vm_with(MmuParams(nx_huge_pages=True)), tracked, 2)
+    assert huge == mark_spte_for_access_track(LARGE_LEAF & ~4 | SPTE_TDP_AD_DISABLED)
+    assert restore_acc_track_spte(huge) & 7 == 1
 
 
 @pytest.mark.parametrize(("spte", "level"), [(FROZEN_SPTE, 2), (LEAF, 1)])
