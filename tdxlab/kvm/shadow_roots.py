@@ -22,7 +22,6 @@ from tdxlab.kvm.shadow_vm import (
     LOAD_MMU_PGD,
     MMU_SYNC,
     NO_ROOT,
-    TLB_FLUSH,
     Root,
     ShadowPage,
     ShadowVcpu,
@@ -106,7 +105,8 @@ def kvm_mmu_free_obsolete_roots(vcpu: ShadowVcpu) -> Doing:
 def kvm_mmu_new_pgd(vcpu: ShadowVcpu) -> Doing:
     """CR3 has another value: take a root that was kept for it, or give up the present one.
 
-    A root without a header is never kept. Source: mmu.c, kvm_mmu_new_pgd and fast_pgd_switch.
+    A root without a header is never kept. One that was may be out of sync; who loads CR3 sees to
+    that. Source: mmu.c, kvm_mmu_new_pgd and fast_pgd_switch.
     """
     vm = vcpu.vm
     if vcpu.root.hpa != INVALID_PAGE and vm.root_sp(vcpu) is None:
@@ -117,8 +117,7 @@ def kvm_mmu_new_pgd(vcpu: ShadowVcpu) -> Doing:
         yield from _find_and_keep_current(vcpu)
     if vcpu.root.hpa != INVALID_PAGE:
         vm.count("roots_reused")
-        for request in (LOAD_MMU_PGD, MMU_SYNC, TLB_FLUSH):
-            vcpu.make_request(request)
+        vcpu.make_request(LOAD_MMU_PGD)
 
 
 def is_root_usable(vcpu: ShadowVcpu, root: Root) -> bool:

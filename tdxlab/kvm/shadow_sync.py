@@ -92,8 +92,6 @@ def sync_spte(vcpu: ShadowVcpu, sp: ShadowPage, sptep: int) -> bool:
     access = step.access & gpte_access(step.value)
     if not step.value & PT_DIRTY_MASK:
         access &= ~ACC_WRITE_MASK
-    if access == old_access:
-        return False
     set_leaf(vm, sptep, make_spte(vm, gfn, access, synchronizing=True), gfn, access)
     return bool(old_access & ~access)
 
