@@ -46,7 +46,7 @@ class Kind(NamedTuple):
         if not isinstance(value, bool):
             if isinstance(value, self.types):
                 return value
-            if int in self.types and hasattr(value, "__index__"):
+            if int in self.types and hasattr(type(value), "__index__"):
                 return index(value)
         if bytes in self.types and isinstance(value, _BYTES):
             return bytes(value)

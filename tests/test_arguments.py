@@ -43,6 +43,7 @@ class Asked:
 REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (("0x1000",), {}, "of_all_kinds: gpa is '0x1000'; give an int"),
     ((None,), {}, "of_all_kinds: gpa is None; give an int"),
+    ((int,), {}, "of_all_kinds: gpa is <class 'int'>; give an int"),
     ((True,), {}, "of_all_kinds: gpa is True; give an int"),
     ((), {"gpa": 1.5}, "of_all_kinds: gpa is 1.5; give an int"),
     ((0, [1]), {}, "of_all_kinds: size is [1]; give an int or a str"),
