@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,15 @@ def run_all(path: Path, *, times: int = 1) -> Cells:
     return shown
 
 
+def text_under(cell: NotebookNode) -> str:
+    """The text of a code cell's outputs."""
+    outputs = cell.outputs
+    return "".join(out.get("text") or out.get("data", {}).get("text/plain", "") for out in outputs)
+
+
 def saved(path: Path) -> Cells:
     """What the notebook has saved under each code cell."""
-    return {
-        cell.id: "".join(
-            output.get("text") or output.get("data", {}).get("text/plain", "")
-            for output in cell.outputs
-        )
-        for cell in code_cells(path)
-    }
+    return {cell.id: text_under(cell) for cell in code_cells(path)}
 
 
 def changed_among(path: Path, cells: Iterable[str]) -> list[str]:
@@ -65,23 +65,36 @@ def changed_cells(path: Path) -> list[str]:
     return [name for name, text in saved(path).items() if now[name] != text]
 
 
-def turns_red(path: Path, *expected: str) -> bool:
-    """True if each of these cells fails or shows something else than what is saved; cells behind
-    the last of them are not run.
-
-    Refuses a cell that the notebook does not have: ValueError.
+def judged_cells(path: Path) -> Iterator[tuple[str, bool]]:
+    """Run the notebook; (name, is it red) of each cell: red if it fails or shows something else
+    than what is saved.
     """
-    kept, names, red, missing = saved(path), dict[str, Any](), set(), set(expected)
-    if not missing <= kept.keys():
-        raise ValueError(f"{path.name} has no cells {missing - kept.keys()}")
+    kept, names = saved(path), dict[str, Any]()
     for cell in code_cells(path):
         try:
             is_red = shown_by(cell.source, names) != kept[cell.id]
         except Exception:  # whatever a damaged cell raises: nbval would show it in red
             is_red = True
+        yield cell.id, is_red
+
+
+def first_red_cell(path: Path) -> str | None:
+    """Name of the first cell that is red, None if none is; cells behind it are not run."""
+    return next((name for name, is_red in judged_cells(path) if is_red), None)
+
+
+def turns_red(path: Path, *expected: str) -> bool:
+    """True if each of these cells is red; cells behind the last of them are not run.
+
+    Refuses a cell that the notebook does not have: ValueError.
+    """
+    red, missing = set(), set(expected)
+    if not missing <= saved(path).keys():
+        raise ValueError(f"{path.name} has no cells {missing - saved(path).keys()}")
+    for name, is_red in judged_cells(path):
         if is_red:
-            red.add(cell.id)
-        missing.discard(cell.id)
+            red.add(name)
+        missing.discard(name)
         if not missing:
             break
     return red.issuperset(expected)

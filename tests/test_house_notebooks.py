@@ -1,4 +1,4 @@
-"""Every notebook is fit to be compared, read anywhere, and run at GPAW 52."""
+"""Every notebook is fit to be compared, read anywhere, and run at GPAW 52, each cell twice."""
 
 from __future__ import annotations
 
@@ -13,11 +13,27 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from tests.notebook_cells import text_under
 from tools.execute_notebooks import execute, notebooks_in, parameters_cell, read, set_gpaw
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 SERIES = notebooks_in(FOLDER)
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=[\"']([^\"']+)[\"']")
+AGAIN = "-once-more"
+#: Its cells take the last of the calls that they make: a second time there is none.
+ONCE = {"02-inside-the-tdx-module"}
+#: Cells that go on from where they ended, so that they show something else when they are run again.
+ONWARD = {
+    "00-a-tds-life": {"touch", "touch-shared"},
+    "01-guest-addresses": {"panel-drive"},
+    "03-secure-ept": {
+        *("walk-run", "two-ways-pending", "remove-run", "remove-kick", "panel-drive"),
+        *("parents-look", "size-demote", "size-promote", "relocate-run", "locks-guest"),
+    },
+    "04-the-mirror": {"fault-run"},
+    "07-converting-memory": {"back-run"},
+    "08-tlb-tracking": {"gap-refused", "panel-drive"},
+}
 NAMED_ID = re.compile(r"(?![0-9a-f]{8}$)[a-z][a-z0-9-]{2,63}")
 
 
@@ -90,13 +106,53 @@ def test_notebook_is_fit_to_be_compared(path: Path) -> None:
     assert complaints(book, path.parent) == []
 
 
+def with_cells_again(book: NotebookNode) -> NotebookNode:
+    """The notebook with each code cell twice in a row."""
+    twice = copy.deepcopy(book)
+    twice.cells = [each for cell in twice.cells for each in (cell, *_again(cell))]
+    return twice
+
+
+def _again(cell: NotebookNode) -> list[NotebookNode]:
+    if cell.cell_type != "code":
+        return []
+    return [new_code_cell(cell.source, id=cell.id + AGAIN)]
+
+
+def different_again(texts: dict[str, str]) -> set[str]:
+    """Cells that show something else the second time. texts: id -> what is under the cell."""
+    return {name for name in texts if texts.get(name + AGAIN, texts[name]) != texts[name]}
+
+
 @pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
-def test_notebook_runs_at_gpaw_52(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs_at_gpaw_52_and_each_cell_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TDXLAB_GPAW", raising=False)
     book = read(path)
     set_gpaw(book, 52)
+    if path.stem not in ONCE:
+        book = with_cells_again(book)
     execute(book, path.parent)
     assert complaints(book, path.parent) == []
+    texts = {cell.id: text_under(cell) for cell in code_cells(book)}
+    assert different_again(texts) == ONWARD.get(path.stem, set())
+    solutions = [text for name, text in texts.items() if "solution" in name]
+    assert len(solutions) >= 5
+    assert [text for text in solutions if "right" not in text] == []
+
+
+def test_a_cell_that_fails_the_second_time_is_noticed(tmp_path: Path) -> None:
+    book = good_book()
+    book.cells.append(new_code_cell("left.pop()", id="takes-the-last"))
+    book.cells[1].source = "GPAW, left = 48, [1, 2]"
+    twice = execute(with_cells_again(book), tmp_path)
+    texts = {cell.id: text_under(cell) for cell in code_cells(twice)}
+    assert different_again(texts) == {"takes-the-last"}
+    book.cells[1].source = "GPAW, left = 48, [1]"
+    execute(copy.deepcopy(book), tmp_path)
+    with pytest.raises(CellExecutionError, match="pop from empty list"):
+        execute(with_cells_again(book), tmp_path)
 
 
 def test_complaints_is_silent_about_a_good_notebook(tmp_path: Path) -> None:

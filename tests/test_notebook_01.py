@@ -16,7 +16,7 @@ from tdxlab.study.exercises_01 import EXERCISES, Hex
 from tdxlab.study.gpa_split import EXAMPLE_GFN, EXAMPLE_GPA, Split
 from tdxlab.study.panel_gpa import GpaSplitter
 from tests.exercise_checks import accepted_wrongs, faults_of_check
-from tests.notebook_cells import code_cells, run_all, shown_by, turns_red
+from tests.notebook_cells import code_cells, shown_by, turns_red
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "01-guest-addresses.ipynb"
 WIDTHS = pytest.mark.parametrize("gpaw", [48, 52])
@@ -209,15 +209,6 @@ def test_numbers_are_written_in_hex() -> None:
 @pytest.fixture(autouse=True)
 def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TDXLAB_GPAW", raising=False)
-
-
-@WIDTHS
-def test_each_cell_can_be_run_twice(gpaw: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TDXLAB_GPAW", str(gpaw))
-    shown = run_all(PATH, times=2)
-    solved = [text for name, text in shown.items() if name.endswith("-solution")]
-    assert len(solved) == len(NUMBERS)
-    assert all("right" in text for text in solved)
 
 
 def test_gpaw_can_be_changed_and_the_cells_below_run_again() -> None:

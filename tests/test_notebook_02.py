@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
-from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell
 
-from tdxlab.study import check, exercises, exercises_02
+from tdxlab.study import check, exercises, exercises_02, svg
 from tdxlab.study.console import BUILD, TEAR_DOWN
 from tdxlab.study.exercises_02 import EXERCISES, ONE_FAULT, TWO_FAULTS, seamcalls_to_run
-from tests.test_house_notebooks import code_cells
-from tools.execute_notebooks import read, set_gpaw
+from tdxlab.study.panel_console import ConsolePanel
+from tests.notebook_cells import changed_among, code_cells, saved, shown_by
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "02-inside-the-tdx-module.ipynb"
 
@@ -95,63 +89,31 @@ def test_list_of_calls_is_told_where_it_stops() -> None:
 # -- the notebook
 
 
-def run_cells(book: NotebookNode, sources: Iterator[NotebookNode]) -> None:
-    """Execute cells, in an order of one's own, in one kernel of `book`."""
-    client = NotebookClient(book, timeout=60, kernel_name="python3")
-    with client.setup_kernel():
-        for index, cell in enumerate(sources):
-            client.execute_cell(cell, index)
+@pytest.fixture(autouse=True)
+def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TDXLAB_GPAW", raising=False)
 
 
 def test_cells_can_be_run_twice_and_gpaw_changed_in_the_middle() -> None:
-    book = read(PATH)
-    wide = copy.deepcopy(book)
-    set_gpaw(wide, 52)
-    cells = code_cells(book)
+    cells, names = code_cells(PATH), dict[str, Any]()
     middle = next(i for i, cell in enumerate(cells) if cell.id == "vcpu-create")
-
-    def order() -> Iterator[NotebookNode]:
-        yield from (cell for cell in cells[:middle] for _ in range(2))
-        yield next(cell for cell in code_cells(wide) if cell.id == "parameters")
-        yield from code_cells(wide)[middle:]
-
-    run_cells(book, order())
-
-
-def cell_of(book: NotebookNode, name: str) -> NotebookNode:
-    return next(cell for cell in book.cells if cell.id == name)
-
-
-def plain(book: NotebookNode, name: str) -> str:
-    """The text of a cell's outputs."""
-    texts = [out.get("text") or out.data["text/plain"] for out in cell_of(book, name).outputs]
-    return "".join(texts)
-
-
-def test_every_solution_is_right() -> None:
-    book = read(PATH)
-    for number in range(1, 7):
-        assert f"02.{number}: right" in plain(book, f"solution-{number}")
+    for cell in cells[:middle]:
+        for _ in range(2):
+            shown_by(cell.source, names)
+    names["GPAW"] = 52
+    shown = {cell.id: shown_by(cell.source, names) for cell in cells[middle:]}
+    assert all("right" in text for name, text in shown.items() if name.startswith("solution"))
 
 
 def test_outputs_answer_the_question() -> None:
-    text = plain(read(PATH), "answer-build")
-    for leaf in (
-        "CREATE",
-        "KEY.CONFIG",
-        "ADDCX",
-        "INIT",
-        "SEPT.ADD",
-        "PAGE.ADD",
-        "FINALIZE",
-        "ENTER",
-    ):
-        assert leaf in text
-    assert "23 SEAMCALLs to build and enter, 22 to take apart" in plain(read(PATH), "answer-count")
+    shown = saved(PATH)
+    leaves = ["CREATE", "KEY.CONFIG", "ADDCX", "INIT", "SEPT.ADD", "PAGE.ADD", "FINALIZE", "ENTER"]
+    assert [leaf for leaf in leaves if leaf not in shown["answer-build"]] == []
+    assert "23 SEAMCALLs to build and enter, 22 to take apart" in shown["answer-count"]
 
 
 def test_stages_come_in_the_order_of_the_notebook() -> None:
-    sources = [cell.source for cell in code_cells(read(PATH))]
+    sources = [cell.source for cell in code_cells(PATH)]
     stages = re.findall(r'desk_before\("([^"]+)"', "\n".join(sources[:-18]))
     places = [(*BUILD, *TEAR_DOWN).index(stage) for stage in stages]
     assert all(one <= other for one, other in pairwise(places))
@@ -160,58 +122,32 @@ def test_stages_come_in_the_order_of_the_notebook() -> None:
 # -- tests notice damage
 
 
-#: The cells that a damaged kernel runs.
+#: The cells that are run with damage.
 KEPT = ("parameters", "tools", "console", "console-code")
 
 
-@pytest.fixture(scope="module")
-def sound_outputs() -> dict[str, str]:
-    return outputs("pass")
-
-
-def outputs(damage: str) -> dict[str, str]:
-    """Cell id -> text of a few cells and of one check, in a kernel where `damage` was run first."""
-    book = read(PATH)
-    book.cells = [cell_of(book, name) for name in KEPT]
-    book.cells.insert(2, new_code_cell(damage, id="damage"))
-    book.cells.append(new_code_cell('check("02.1", 1, gpaw=GPAW)', id="damage-check"))
-    NotebookClient(book, timeout=60, kernel_name="python3").execute()
-    return {cell.id: plain(book, cell.id) for cell in book.cells if cell.outputs}
-
-
 @pytest.mark.parametrize(
-    ("damage", "noticed_by"),
+    ("where", "name", "damage", "noticed_by"),
     [
         (
-            "from tdxlab.study.panel_console import ConsolePanel\n"
-            "ConsolePanel._call = lambda self: self.desk.call("
-            "'TDH.MNG.CREATE', rcx='free page', rdx='free KeyID')",
+            ConsolePanel,
+            "_call",
+            lambda self: self.desk.call("TDH.MNG.CREATE", rcx="free page", rdx="free KeyID"),
             "console-code",
         ),
-        (
-            "from tdxlab.study import svg\n"
-            "right = svg.map_place\n"
-            "svg.map_place = lambda index: right(511 - index)",
-            "console",
-        ),
-        (
-            "from tdxlab.study import exercises\nexercises.is_right = lambda made, answer: True",
-            "damage-check",
-        ),
+        (svg, "map_place", lambda index: _map_place(511 - index), "console"),
     ],
-    ids=["a call that ignores its leaf", "a map filled from the wrong end", "a check of straw"],
+    ids=["a call that ignores its leaf", "a map filled from the wrong end"],
 )
-def test_a_rerun_notices_damage(
-    damage: str, noticed_by: str, sound_outputs: dict[str, str]
+def test_damage_turns_a_cell_red(
+    where: Any, name: str, damage: Any, noticed_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert outputs(damage)[noticed_by] != sound_outputs[noticed_by]
+    assert changed_among(PATH, KEPT) == []
+    monkeypatch.setattr(where, name, damage)
+    assert noticed_by in changed_among(PATH, KEPT)
 
 
-def test_a_cell_that_raises_stops_the_notebook() -> None:
-    book = read(PATH)
-    cell_of(book, "create").source = 'desk.call("TDH.MNG.CREAT")'
-    with pytest.raises(CellExecutionError, match="no modelled leaf"):
-        NotebookClient(book, timeout=60, kernel_name="python3").execute()
+_map_place = svg.map_place
 
 
 def test_exercise_test_notices_a_check_that_accepts_everything(
