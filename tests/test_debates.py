@@ -18,8 +18,8 @@ from tdxlab.study import (
     debates,
     debates_faults,
     debates_gfns,
+    debates_hooks,
     debates_limits,
-    debates_mirror,
     debates_protocols,
     debates_roots,
     debates_styles,
@@ -39,7 +39,7 @@ COLUMNS = {
     "flush_misses",
     "D2": "address gfn root private_write shared_write",
     "D3": "vm rule private_write shared_write",
-    "D5": "vm key changes known unknown hooks tables rmp",
+    "D5": "vm key changes known unknown hooks tables rmp left",
     "D7": "batch pages tracks ipis seamcalls blocked",
     "D8": "order pages seamcalls per_page lost vm",
     "D9": "rule before_init init_refused after_init lost_before lost_after refused root_entries "
@@ -226,12 +226,25 @@ def test_judge_roots_blames_a_rule_that_maps_pages_where_they_do_not_belong() ->
 
 @EACH_GPAW
 def test_hook_rows_leave_every_change_outside_of_faults_unanswered(gpaw: int) -> None:
-    for vm in (debates_mirror.TDX, debates_mirror.SNP):
-        mirror = row_of("D5", gpaw, vm=vm, key=debates_mirror.MIRROR_KEY)
-        private = row_of("D5", gpaw, vm=vm, key=debates_mirror.PRIVATE_KEY)
+    for vm in (debates_hooks.TDX, debates_hooks.SNP):
+        mirror = row_of("D5", gpaw, vm=vm, key=debates_hooks.MIRROR_KEY)
+        private = row_of("D5", gpaw, vm=vm, key=debates_hooks.PRIVATE_KEY)
         assert mirror.unknown == 0 < private.unknown
         assert private.known + private.unknown == mirror.changes
-    assert row_of("D5", gpaw, vm="SNP", key=debates_mirror.MIRROR_KEY).hooks == 0
+    assert row_of("D5", gpaw, vm="SNP", key=debates_hooks.MIRROR_KEY).hooks == 0
+
+
+@EACH_GPAW
+def test_hook_rows_leave_pages_behind_whose_removal_nobody_is_told_of(gpaw: int) -> None:
+    left = {(row.vm, row.key): row.left for row in rows_of("D5", gpaw)}
+    tables = 3 if gpaw == 48 else 4
+    assert left == {
+        ("TDX", debates_hooks.MIRROR_KEY): 0,
+        ("TDX", debates_hooks.PRIVATE_KEY): 8 + tables,
+        ("SNP", debates_hooks.MIRROR_KEY): 0,
+        ("SNP", debates_hooks.PRIVATE_KEY): 8,
+    }
+    assert row_of("D5", gpaw, vm="SNP", key=debates_hooks.MIRROR_KEY).rmp == 2 * 8
 
 
 @EACH_GPAW

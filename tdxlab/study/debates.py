@@ -23,6 +23,7 @@ from tdxlab.arch import GPAW_CHOICES
 from tdxlab.study import (
     debates_faults,
     debates_gfns,
+    debates_hooks,
     debates_limits,
     debates_mirror,
     debates_protocols,
@@ -154,8 +155,8 @@ DEBATES: Mapping[str, Debate] = {
         "what calls the hooks",
         "Are the hooks called for every private gfn, so that SNP could use them too, or for every "
         "entry of a mirror page table?",
-        debates_mirror.hook_rows,
-        debates_mirror.judge_hooks,
+        debates_hooks.hook_rows,
+        debates_hooks.judge_hooks,
         "the mirror bit in the role of the table that has the entry.",
     ),
     "D7": Debate(
