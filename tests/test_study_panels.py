@@ -75,14 +75,17 @@ def test_buttons_move_the_tape_and_the_slider(panel: Counter) -> None:
     assert panel.scrub.max == len(panel.tape)
 
 
-def test_the_slider_hears_of_its_end_and_its_value_at_once(
+def test_the_slider_is_within_its_bounds_after_each_message(
     panel: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[dict[str, object]] = []
     monkeypatch.setattr(panel.scrub, "_send", lambda message, **_: said.append(message["state"]))
-    panel.tape = Tape(booted_machine())
-    panel.act(lambda: None)
-    assert said == [{"max": 1, "value": 0}]
+    long, short = panel.tape, Tape(booted_machine())
+    for tape in (short, long):
+        panel.tape = tape
+        panel.act(lambda: None)
+    end = len(long)
+    assert said == [{"value": 0}, {"max": 1}, {"max": end}, {"value": end}]
 
 
 def test_where_the_clock_is_the_browser_says_and_nobody_answers(

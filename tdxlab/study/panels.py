@@ -143,11 +143,7 @@ class Panel:
 
     def draw(self) -> None:
         """Show the present state everywhere."""
-        # The browser hears of both in one message. If the new end came alone, it would cut its old
-        # value down to that, and tell us so as if a reader had moved the slider.
-        with self.scrub.hold_sync(), self.scrub.hold_trait_notifications():
-            self.scrub.max = max(len(self.tape), 1)
-            self.scrub.value = self.tape.position
+        self._put_slider(self.tape.position, max(len(self.tape), 1))
         self._clock.max = self.scrub.max
         self._sentence.value = _live(f"{self._where()}: {self.summary()}")
         line = escape(trace_line(self.tape.last))
@@ -193,6 +189,16 @@ class Panel:
             ipywidgets.jslink((scrub, "value"), (self._clock, "value")),
         )
         return play, scrub
+
+    def _put_slider(self, position: int, end: int) -> None:
+        """Move the slider so that its value is within its bounds after every message.
+
+        The browser would cut any other value down to the bounds, and tell us the result as if a
+        reader had moved the slider.
+        """
+        self.scrub.max = max(end, self.scrub.max)
+        self.scrub.value = position
+        self.scrub.max = end
 
     def _scrubbed(self, change: dict[str, Any]) -> None:
         if change["new"] != self.tape.position:
