@@ -195,6 +195,12 @@ def test_lab_refuses_deeds_on_a_destroyed_vm() -> None:
         lab.do("use a private page")
 
 
+def test_a_page_used_as_shared_leaves_a_vmm_that_converts() -> None:
+    lab = TypeLab("SNP")
+    assert lab.do("use a private page as shared") == "memory fault"
+    assert lab.gate.converts
+
+
 def test_history_ends_at_the_position_of_the_tape() -> None:
     lab = TypeLab("SNP")
     lab.do("use a private page")

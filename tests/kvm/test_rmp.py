@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from tdxlab.arch import PAGE_SIZE
+from tdxlab.abi.outcome import GuestOutcome
+from tdxlab.arch import EPT_EXECUTE, EPT_READ, EPT_WRITE, PAGE_SIZE
+from tdxlab.cpu import Translation
 from tdxlab.guest import Write
 from tdxlab.journal import Journal
 from tdxlab.kvm.fault import kvm_vcpu_pre_fault_memory
 from tdxlab.kvm.gmem import GuestMemfds
 from tdxlab.kvm.params import KVM_X86_SW_PROTECTED_VM
-from tdxlab.kvm.rmp import SVM_EXIT_NPF, Rmp, RmpEntry, SnpGmem
+from tdxlab.kvm.rmp import PFERR_GUEST_ENC_MASK, SVM_EXIT_NPF, Rmp, RmpEntry, SnpGmem
 from tdxlab.kvm.spte import SPTE_MMU_PRESENT_MASK, spte_to_pfn
 from tdxlab.kvm.tdp_iter import for_each_tdp_pte
 from tdxlab.kvm.vm_types import KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM
@@ -20,7 +24,7 @@ from tdxlab.machine import Machine
 from tdxlab.steps import run, seeded
 from tdxlab.vmm_errors import IoctlError
 from tdxlab.vmm_run import UNHANDLED
-from tdxlab.vmm_snp import SnpVm
+from tdxlab.vmm_snp import SnpDoor, SnpVm
 
 MEMORY = 16 * PAGE_SIZE
 
@@ -150,6 +154,37 @@ def test_a_page_that_was_not_assigned_cannot_be_used(
     assert f"{SVM_EXIT_NPF}" in result.detail
 
 
+def refused(monkeypatch: pytest.MonkeyPatch, access: Callable[[], object]) -> list[GuestOutcome]:
+    """The nested page faults of a run in which the walk had found a page."""
+    seen: list[GuestOutcome] = []
+    original = SnpDoor._access
+
+    def listening(self: SnpDoor, *arguments: Any) -> Translation | GuestOutcome:
+        found = original(self, *arguments)
+        if isinstance(found, GuestOutcome) and found.status == SVM_EXIT_NPF:
+            seen.append(found)
+        return found
+
+    monkeypatch.setattr(SnpDoor, "_access", listening)
+    access()
+    return seen
+
+
+def test_forbidden_access_says_that_the_walk_succeeded_and_whether_the_c_bit_was_set(
+    vm: SnpVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm.write(0x3000, b"mine")
+    vm.guest.shared.put(3, None)
+    (plain,) = refused(monkeypatch, lambda: vm.write(0x3000, b"all"))
+    monkeypatch.setattr(SnpGmem, "prepare", lambda *_: 0)
+    private = refused(monkeypatch, lambda: vm.write(0x4000, b"mine"))
+    write, walked = EPT_READ | EPT_WRITE, (EPT_READ | EPT_WRITE | EPT_EXECUTE) << 3
+    assert (plain.registers.r8, plain.registers.rcx) == (0x3000, write | walked)
+    assert {(each.registers.r8, each.registers.rcx) for each in private} == {
+        (0x4000, write | walked | PFERR_GUEST_ENC_MASK)
+    }
+
+
 def test_a_refusing_hook_ends_the_fault_and_the_page_stays_unprepared(
     vm: SnpVm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +293,9 @@ def test_pre_fault_works_when_the_launch_has_ended() -> None:
     assert run(kvm_vcpu_pre_fault_memory(vcpu, 0, PAGE_SIZE)) == PAGE_SIZE
     assert list(vm.owned()) == [0]
     with pytest.raises(IoctlError, match="EINVAL: the launch has ended already"):
+        vm.launch_finish()
+    vm.destroy()
+    with pytest.raises(IoctlError, match="EBADF: .* was destroyed"):
         vm.launch_finish()
 
 
