@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Iterator
+from errno import EINVAL, ENOENT, EOPNOTSUPP
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from tdxlab.arch import HPA_MASK
 from tdxlab.kvm import tdp_mmu
 from tdxlab.kvm.spte import FROZEN_SPTE, SHADOW_NONPRESENT_VALUE
+from tdxlab.mmu_conformance import ops, ops_range, ops_spte, script
 from tdxlab.mmu_conformance.decode import Args, config, integer, params, plain
 from tdxlab.mmu_conformance.record import Recorder, TableNames, show, split_spte, stride
 from tdxlab.mmu_conformance.rig import (
@@ -248,6 +250,64 @@ def test_replay_goes_on_when_the_model_fails(monkeypatch: pytest.MonkeyPatch) ->
     )
     assert differences[0] == ("ret", "False", "no answer (RuntimeError: broken)")
     assert run.compared == len(trace["steps"])
+
+
+# -- operations and arguments that the packaged traces do not have
+
+
+def answers(trace: Trace, *steps: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the model answers to these operations on the VM of a trace."""
+    found: list[dict[str, Any]] = []
+
+    class Listening(MmuTraceRun):
+        def _compare_step(self, step: dict[str, Any], results: dict[str, Any]) -> None:
+            found.append(results)
+
+    trace["steps"] = [{"op": op, "args": args} for op, args in steps]
+    Listening("test").replay(trace)
+    return found
+
+
+#: The operations that the recorder had, apart from bookkeeping.
+RECORDED = """
+slot attr fault fault_noreload map_page pre_fault tdp_map unmap age test_age zap_leafs zap_gfn_range
+zap_sp zap_all zap_all_fast invalidate_roots zap_invalidated flush_shadow_all destroy_vcpu uninit_vm
+hkid_release split recover wrprot_slot clear_dirty_slot clear_dirty_pt_masked log_dirty_pt_masked
+write_protect_gfn recover_nx dirty_bits notifier is_mapped get_walk getspte setspte hwset iter
+scfail make_spte make_mmio make_nonleaf make_small make_huge acc_track spte_pred max_mapping_level
+gen reload unload rcu mmio_pf tdx_state premapped
+"""
+
+
+def test_replay_knows_every_operation_of_the_recorder() -> None:
+    known = {**ops.OPS, **ops_range.OPS, **ops_spte.OPS, **script.operations(None)}
+    assert sorted(known) == sorted(RECORDED.split())
+
+
+def test_replay_of_attr_is_refused_where_a_vm_has_no_private_memory() -> None:
+    trace, _ = load("s1_maxlevel_default")
+    private = {"start": 0, "end": 1, "private": 1}
+    found = answers(trace, ("attr", private), ("attr", private | {"private": 0}))
+    assert [results["ret"] for results in found] == [-EINVAL, 0]
+    assert found[0]["stats"]["invalidate_seq"] == 0
+
+
+def test_replay_of_tdp_map_keeps_fetches_off_large_pages_under_the_nx_workaround() -> None:
+    trace, _ = load("s1_maxlevel_default")
+    trace["module_init"]["nx"] = 1
+    slot = {"id": 0, "base": 0, "npages": "0x400", "hl": 2}
+    fetch = {"gpa": 0, "pfn": "0x200000000", "exec": 1}
+    _, mapped = answers(trace, ("slot", slot), ("tdp_map", fetch))
+    assert (mapped["huge_page_disallowed"], mapped["goal_level"], mapped["req_level"]) == (1, 1, 2)
+    assert mapped["stats"]["nx_lpage_splits"] == 1
+
+
+def test_replay_of_tdx_state_lets_pages_be_mapped_ahead_without_real_hooks() -> None:
+    trace, _ = load("s4_race_tdx")
+    trace["vm"]["runnable"] = 0
+    ahead = ("pre_fault", {"gpa": 0})
+    found = answers(trace, ahead, ("tdx_state", {"runnable": 1}), ahead, ("rcu", {}))
+    assert [results["ret"] for results in found] == [-EOPNOTSUPP, None, -ENOENT, None]
 
 
 # -- input that is no trace

@@ -20,6 +20,7 @@ from tdxlab.kvm import (
     slots,
     tdp_mmu,
 )
+from tdxlab.kvm.attributes import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from tdxlab.kvm.page_fault import (
     PFERR_FETCH_MASK,
     PFERR_GUEST_FINAL_MASK,
@@ -95,9 +96,10 @@ def do_slot(rig: Rig, args: Args, out: Out) -> int:
 
 def do_attr(rig: Rig, args: Args, out: Out) -> int:
     """KVM_SET_MEMORY_ATTRIBUTES."""
-    start, end = args.number("start"), args.number("end")
+    start, end = args.number("start") << PAGE_SHIFT, args.number("end") << PAGE_SHIFT
+    attributes = KVM_MEMORY_ATTRIBUTE_PRIVATE if args.flag("private") else 0
     ret: int = finish(
-        set_attributes.kvm_vm_set_mem_attributes(rig.vm, start, end, args.flag("private"))
+        set_attributes.kvm_vm_ioctl_set_mem_attributes(rig.vm, start, end - start, attributes)
     )
     return ret
 
@@ -119,7 +121,7 @@ def do_notifier(rig: Rig, args: Args, out: Out) -> int:
 
 def do_max_mapping_level(rig: Rig, args: Args, out: Out) -> int | str:
     """The greatest level at which a gfn may be mapped."""
-    slot = rig.vm.slots.by_id(args.number("slot"))
+    slot = rig.vm.slots.by_id(args.number("slot", 0))
     if slot is None:
         return _NO_SLOT
     level: int = lpage.kvm_mmu_max_mapping_level(rig.vm, slot, args.number("gfn"))
@@ -196,6 +198,7 @@ def do_tdp_map(rig: Rig, args: Args, out: Out) -> int | str:
     made.max_level, made.pfn = args.number("max_level", 3), args.number("pfn")
     made.map_writable = args.flag("writable", 1)
     made.slot = rig.vm.slots.find(made.gfn)
+    made.nx_huge_page_workaround_enabled = rig.vm.params.nx_huge_pages
     ret = finish(tdp_mmu.kvm_tdp_mmu_map(vcpu, made))
     out.update(
         goal_level=made.goal_level,
@@ -245,6 +248,11 @@ def do_unload(rig: Rig, args: Args, out: Out) -> None:
     roots.kvm_mmu_unload(rig.vcpu(args))
 
 
+def do_rcu(rig: Rig, args: Args, out: Out) -> None:
+    """A grace period ends, as it does after each operation."""
+    rig.vm.rcu_barrier()
+
+
 OPS: dict[str, Op] = {
     "slot": do_slot,
     "attr": do_attr,
@@ -261,4 +269,5 @@ OPS: dict[str, Op] = {
     "get_walk": do_get_walk,
     "reload": do_reload,
     "unload": do_unload,
+    "rcu": do_rcu,
 }

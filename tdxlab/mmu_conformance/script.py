@@ -124,7 +124,9 @@ class ScriptedTdx:
 
 
 def operations(td: ScriptedTdx | None) -> dict[str, Op]:
-    """The operations of a trace on the TD of the real hooks; without them they do nothing."""
+    """The operations of a trace on the TD of the real hooks. Without them only `tdx_state` does
+    something: it decides whether user space may map pages ahead.
+    """
 
     def do_scfail(rig: Rig, args: Args, out: Out) -> None:
         """Let SEAMCALLs fail."""
@@ -142,6 +144,8 @@ def operations(td: ScriptedTdx | None) -> dict[str, Op]:
         """The TD is finalised, or not yet."""
         if td:
             td.set_runnable(args.flag("runnable"))
+        else:
+            rig.vm.pre_fault_allowed = args.flag("runnable")
 
     def do_premapped(rig: Rig, args: Args, out: Out) -> int:
         """Pages that the mirror has and the module not yet."""
