@@ -30,6 +30,7 @@ _WORDS = {
     "bytes": "bytes",
     "Callable": "a function",
 }
+_PLACES = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _BYTES = (bytearray, memoryview)
 
 
@@ -55,51 +56,70 @@ class Kind(NamedTuple):
 
 class Kinds(NamedTuple):
     """Those of a function. where: its name for people. of: name of a parameter -> what it takes,
-    unless that is anything.
+    unless that is anything. places: names of those that can be given by their place. rest: of the
+    one that takes all others, "" without.
     """
 
     where: str
     of: Mapping[str, Kind]
+    places: tuple[str, ...]
+    rest: str
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """`function`, which refuses, with a ValueError, what its annotations do not name."""
-    names, rest = _in_order(function)
 
     @wraps(function)
     def asking(*positional: P.args, **named: P.kwargs) -> T:
-        kinds = _kinds(function)
-        places = chain(names, repeat(rest))
-        given = [_fit(kinds, *pair) for pair in zip(places, positional, strict=False)]
-        return function(*given, **{name: _fit(kinds, name, named[name]) for name in named})
+        places, others = _fitted(function, positional, named)
+        return function(*places, **others)
 
     return asking
 
 
-def _fit(kinds: Kinds, name: str, value: Any) -> Any:
-    """`value`, or what it becomes as the argument `name`."""
-    return kinds.of[name].fit(kinds.where, name, value) if name in kinds.of else value
-
-
-def _in_order(function: Callable[..., Any]) -> tuple[tuple[str, ...], str]:
-    """Names of the parameters that can be given by their place, and of that for all others, ""
-    without.
+def explained(function: Callable[P, T]) -> Callable[P, T]:
+    """As `checked`, for functions that are called too often to look first: `function` is asked, and
+    only when it stumbles over a type are its arguments looked at. It must not have changed anything
+    until then.
     """
-    parameters = signature(function).parameters.values()
-    places = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    rest = [p.name for p in parameters if p.kind == Parameter.VAR_POSITIONAL]
-    return tuple(p.name for p in parameters if p.kind in places), "".join(rest)
+
+    @wraps(function)
+    def asking(*positional: P.args, **named: P.kwargs) -> T:
+        try:
+            return function(*positional, **named)
+        except (AttributeError, TypeError):
+            _fitted(function, positional, named)
+            raise
+
+    return asking
+
+
+def _fitted(
+    function: Callable[..., Any], positional: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments as `function` takes them. Refuses what it does not take: ValueError."""
+    kinds = _kinds(function)
+
+    def fit(name: str, value: Any) -> Any:
+        return kinds.of[name].fit(kinds.where, name, value) if name in kinds.of else value
+
+    places = zip(chain(kinds.places, repeat(kinds.rest)), positional, strict=False)
+    return [fit(*pair) for pair in places], {name: fit(name, named[name]) for name in named}
 
 
 @cache
 def _kinds(function: Callable[..., Any]) -> Kinds:
     """What the parameters of `function` take, found out when it is first called."""
+    parameters = signature(function).parameters.values()
     hints = get_type_hints(function)
-    hints.pop("return", None)
-    kinds = {name: _kind(hint) for name, hint in hints.items()}
+    kinds = {p.name: _kind(hints[p.name]) for p in parameters if p.name in hints}
     owner, _, name = function.__qualname__.rpartition(".")
-    where = owner if name == "__init__" else name
-    return Kinds(where, {name: kind for name, kind in kinds.items() if object not in kind.types})
+    return Kinds(
+        owner if name == "__init__" else name,
+        {name: kind for name, kind in kinds.items() if object not in kind.types},
+        tuple(p.name for p in parameters if p.kind in _PLACES),
+        "".join(p.name for p in parameters if p.kind == Parameter.VAR_POSITIONAL),
+    )
 
 
 def _kind(hint: Any) -> Kind:

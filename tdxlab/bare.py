@@ -20,6 +20,7 @@ from tdxlab.abi.leaves import HOST_LEAVES
 from tdxlab.abi.outcome import GuestOutcome
 from tdxlab.abi.registers import Registers
 from tdxlab.arch import EPT_EXECUTE, EPT_READ, EPT_WRITE, HPA_MASK, PAGE_SIZE
+from tdxlab.arguments import explained
 from tdxlab.cpu import Cpu, EptMisconfiguration, EptViolation, Translation, Walked
 from tdxlab.hardware import Platform, default_platform
 from tdxlab.journal import Journal, Mark
@@ -79,6 +80,7 @@ class BareMachine:
 
     # -- the host
 
+    @explained
     def seamcall(self, lp: int, rax: int, registers: Registers) -> int:
         """SEAMCALL on `lp`, at once. rax: leaf number | version << 16. registers: in and out.
         Returns RAX; IN_GUEST after TDH.VP.ENTER. Refuses an LP that does not exist or runs a guest:
@@ -90,6 +92,7 @@ class BareMachine:
         """SEAMCALL as a step generator: yields once between its checks and its effects."""
         return self.module.seamcall_steps(lp, rax, registers)
 
+    @explained
     def store(self, hpa: int, data: bytes) -> None:
         """The host stores `data` at `hpa` under KeyID 0; a control page of the module does not
         survive it. Refuses addresses without RAM: ValueError.
@@ -98,6 +101,7 @@ class BareMachine:
         self.memory.write(hpa, data)
         self.module.notice_store(hpa, len(data))
 
+    @explained
     def clear(self, hpa: int) -> None:
         """The host clears the page at `hpa`: 64 MOVDIR64B stores under KeyID 0, which end poison
         too.
@@ -114,6 +118,7 @@ class BareMachine:
 
     # -- the guest
 
+    @explained
     def vm_exit(
         self,
         lp: int,
@@ -138,21 +143,25 @@ class BareMachine:
             interruption=interruption,
         )
 
+    @explained
     def interrupt(self, lp: int) -> GuestOutcome:
         """An external interrupt takes the vCPU out of `lp`."""
         rax, registers = self.guest_registers(lp)
         return self.vm_exit(lp, EXIT_INTERRUPT, registers, rax=rax)
 
+    @explained
     def kick(self, lp: int) -> GuestOutcome:
         """The host sends an IPI to `lp`, and the vCPU leaves."""
         self.module.require_guest(lp)
         self.cpu.send_ipi(lp)
         return self.interrupt(lp)
 
+    @explained
     def tdcall(self, lp: int, rax: int, registers: Registers) -> GuestOutcome:
         """TDCALL by the vCPU inside `lp`. rax: leaf number | version << 16."""
         return self.vm_exit(lp, EXIT_TDCALL, registers, rax=rax)
 
+    @explained
     def guest_registers(self, lp: int) -> tuple[int, Registers]:
         """(RAX, registers) of the vCPU inside `lp` as the module last saved or loaded them."""
         self.module.require_guest(lp)
@@ -162,6 +171,7 @@ class BareMachine:
         numbered = (r8, r9, r10, r11, r12, r13, r14, r15)
         return rax, Registers(rcx, rdx, *numbered, rbx, rbp, rsi, rdi)
 
+    @explained
     def touch(
         self,
         lp: int,
@@ -243,6 +253,7 @@ class BareMachine:
             rip=rip,
         )
 
+    @explained
     def read_guest(self, lp: int, gpa: int, size: int) -> bytes | GuestOutcome:
         """The guest inside `lp` reads `size` bytes of one page at `gpa`.
 
@@ -258,6 +269,7 @@ class BareMachine:
         except MachineCheck:
             return self._machine_check(lp)
 
+    @explained
     def write_guest(self, lp: int, gpa: int, data: bytes) -> Translation | GuestOutcome:
         """The guest inside `lp` writes `data` into one page at `gpa`; as `read_guest`."""
         _require_one_page(gpa, len(data))
@@ -270,6 +282,7 @@ class BareMachine:
         rax, registers = self.guest_registers(lp)
         return self.vm_exit(lp, EXIT_EXCEPTION, registers, rax=rax, interruption=_MACHINE_CHECK)
 
+    @explained
     def take_exception(self, lp: int) -> int:
         """The vector of the exception that waits for the guest inside `lp`, 0 for none. The guest
         is in its handler from then on.

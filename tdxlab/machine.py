@@ -172,8 +172,9 @@ class Machine(BareMachine, Journalled):
         size = -(-len(image) // PAGE_SIZE) * PAGE_SIZE
         end = max((backing.end for backing in td.backings), default=0)
         gpa = FIRMWARE_END - size if end <= FIRMWARE_END - size else end
-        td.add_memory(gpa, size)
-        td.add_image(gpa, image)
+        with unchanged_on_failure(self.journal):
+            td.add_memory(gpa, size)
+            td.add_image(gpa, image)
         return gpa
 
     def _name(self, kind: str) -> str:

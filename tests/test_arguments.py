@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tdxlab.arguments import checked
+from tdxlab.arguments import checked, explained
 
 
 class Whole:
@@ -89,6 +89,19 @@ def test_checked_shortens_a_value_that_is_long() -> None:
     with pytest.raises(ValueError, match=r"gpa is 'x+\.\.\.x+'; give an int") as caught:
         Asked().of_all_kinds("x" * 10_000)  # type: ignore[arg-type]
     assert len(str(caught.value)) < 100
+
+
+def test_explained_looks_at_the_arguments_only_when_the_function_stumbles() -> None:
+    @explained
+    def double(number: int) -> int:
+        return number * 2 if number != 3 else len(number)  # type: ignore[arg-type]
+
+    assert double(2) == 4
+    assert double("ab") == "abab"  # type: ignore[comparison-overlap,arg-type]
+    with pytest.raises(ValueError, match="double: number is None; give an int"):
+        double(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="has no len"):
+        double(3)
 
 
 def test_checked_keeps_name_and_docstring() -> None:

@@ -303,7 +303,6 @@ def commit_zap_page(vm: ShadowVm, invalid: list[ShadowPage]) -> None:
     vm.flush_remote_tlbs()
     for sp in invalid:
         free_shadow_page(vm, sp)
-    invalid.clear()
 
 
 def free_shadow_page(vm: ShadowVm, sp: ShadowPage) -> None:

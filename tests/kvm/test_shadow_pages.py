@@ -1,0 +1,196 @@
+"""Shadow pages: kept ready, found, counted, brought into line, zapped and freed."""
+
+from __future__ import annotations
+
+from errno import ENOMEM
+
+import pytest
+from shadow_scene import RWU, Scene, small_map
+
+from tdxlab.kvm.caches import CAPACITY, MIN_OBJECTS
+from tdxlab.kvm.pae_pdpte import X86_CR4_PAE
+from tdxlab.kvm.pae_rules import complaints
+from tdxlab.kvm.role import Role
+from tdxlab.kvm.shadow import shadow_leaf, zap_page
+from tdxlab.kvm.shadow_pages import (
+    child_role,
+    find_page,
+    free_page_cache,
+    shadowing,
+    take_page,
+    topup_page_cache,
+)
+from tdxlab.kvm.shadow_params import AMD, DESIGNS, REVIEWED
+from tdxlab.kvm.shadow_run import set_cr3, set_cr4
+from tdxlab.kvm.shadow_sync import get_shadow_page, sync_children
+from tdxlab.kvm.shadow_vm import ShadowPage
+from tdxlab.kvm.tdp_set import HostBug
+from tdxlab.steps import run
+
+ALL = pytest.mark.parametrize("design", DESIGNS)
+DIRECTORY, TABLE = 0x2000, 0x3000
+
+
+def mapped(*, used: bool = True, **params: object) -> Scene:
+    """A guest whose address 0x3000 is mapped, and used."""
+    scene = Scene(2, cr3=DIRECTORY, **params)  # type: ignore[arg-type]
+    scene.put(DIRECTORY, 0, TABLE | RWU)
+    scene.put(TABLE, 3, 0x5000 | RWU)
+    scene.turn_on()
+    if used:
+        assert scene.access(0x3000, write=True).kind == "ok"
+    return scene
+
+
+def flushes(scene: Scene) -> int:
+    return scene.vm.counts["remote_tlb_flush"]
+
+
+def page_of(scene: Scene, gpa: int) -> ShadowPage:
+    """The first page that shadows a table."""
+    return shadowing(scene.vm, gpa >> 12)[0]
+
+
+# -- pages kept ready
+
+
+def test_topup_fills_the_cache_only_when_it_runs_low() -> None:
+    vcpu = mapped(used=False).vcpu
+    assert topup_page_cache(vcpu) == 0
+    assert len(vcpu.page_cache) == CAPACITY
+    while len(vcpu.page_cache) > MIN_OBJECTS:
+        take_page(vcpu)
+    assert topup_page_cache(vcpu) == 0
+    assert len(vcpu.page_cache) == MIN_OBJECTS
+    take_page(vcpu)
+    assert topup_page_cache(vcpu) == 0
+    assert len(vcpu.page_cache) == CAPACITY
+
+
+@pytest.mark.parametrize(("pages", "error"), [(MIN_OBJECTS, 0), (MIN_OBJECTS - 1, -ENOMEM)])
+def test_topup_is_content_with_the_least_and_keeps_what_it_had(pages: int, error: int) -> None:
+    scene = Scene(0, design=REVIEWED, memory_map=small_map(low=0, normal=pages))
+    assert topup_page_cache(scene.vcpu) == error
+    assert len(scene.vcpu.page_cache) == pages
+    free_page_cache(scene.vcpu)
+    assert scene.vcpu.page_cache == ()
+    assert scene.vm.pages.free == pages
+
+
+def test_a_child_called_a_pae_root_without_a_low_page_ends_the_host() -> None:
+    scene = mapped(
+        used=False,
+        design=REVIEWED,
+        forget=frozenset({"clear role"}),
+        memory_map=small_map(low=2),
+    )
+    with pytest.raises(HostBug, match="no page below 4 GiB"):
+        scene.access(0x3000)
+
+
+# -- found
+
+
+def test_find_page_counts_what_it_looked_for_and_what_it_found() -> None:
+    scene = mapped()
+    page, before = page_of(scene, TABLE), scene.vm.counts
+    assert find_page(scene.vm, page.gfn, page.role) == page
+    assert find_page(scene.vm, page.gfn, page.role ^ Role.quadrant.mask) is None
+    assert find_page(scene.vm, page.gfn, page.role, (1, 0, 0, 0)) is None
+    assert scene.vm.counts["sp_lookups"] == before["sp_lookups"] + 3
+    assert scene.vm.counts["sp_hits"] == before["sp_hits"] + 1
+
+
+def test_get_shadow_page_counts_what_it_makes() -> None:
+    scene = mapped()
+    page, made = page_of(scene, TABLE), scene.vm.counts["sp_created"]
+    assert get_shadow_page(scene.vcpu, page.gfn, page.role) == page
+    assert scene.vm.counts["sp_created"] == made
+    new = get_shadow_page(scene.vcpu, 7, page.role)
+    assert scene.vm.counts["sp_created"] == made + 1
+    assert (new.gfn, new.role, new.parents) == (7, page.role, ())
+    assert scene.vm.sps[new.spt] == new
+
+
+def test_get_shadow_page_flushes_what_it_brought_into_line() -> None:
+    scene = mapped()
+    page = page_of(scene, TABLE)
+    assert scene.guest_put(TABLE, 3, 0x6000 | RWU) == "direct"
+    before, synced = flushes(scene), scene.vm.counts["synced"]
+    assert get_shadow_page(scene.vcpu, page.gfn, page.role).spt == page.spt
+    assert flushes(scene) == before + 1
+    assert scene.vm.counts["synced"] == synced + 1
+
+
+def test_get_shadow_page_flushes_nothing_where_nothing_was_taken_away() -> None:
+    scene = mapped()
+    page = page_of(scene, TABLE)
+    assert scene.guest_put(TABLE, 4, 0x6000 | RWU) == "direct"
+    before = flushes(scene)
+    get_shadow_page(scene.vcpu, page.gfn, page.role)
+    assert flushes(scene) == before
+
+
+def test_get_shadow_page_frees_what_is_out_of_sync_when_the_table_becomes_a_directory() -> None:
+    scene = mapped()
+    page = page_of(scene, TABLE)
+    assert scene.guest_put(TABLE, 9, 0x7000 | RWU) == "direct"
+    before = flushes(scene)
+    role = int(Role(page.role).with_(level=2))
+    new = get_shadow_page(scene.vcpu, page.gfn, role)
+    assert shadowing(scene.vm, TABLE >> 12) == [new]
+    assert page.spt not in scene.vm.sps
+    assert page.spt not in scene.vm.pages.in_use
+    assert flushes(scene) == before + 1
+
+
+# -- brought into line
+
+
+@ALL
+def test_leaves_and_tables_are_encrypted_where_memory_is(design: str) -> None:
+    scene = mapped(design=design, vendor=AMD, c_bit=45)
+    leaf = shadow_leaf(scene.vcpu, 0x3000)
+    page = scene.vm.sp_of_entry(leaf)
+    assert page is not None
+    assert all(scene.vm.read(entry) & 1 << 45 for entry in (leaf, *page.parents))
+
+
+def test_sync_children_frees_a_page_that_it_cannot_compare() -> None:
+    scene = mapped()
+    assert scene.guest_put(TABLE, 3, 0x6000 | RWU) == "direct"
+    parent, page = page_of(scene, DIRECTORY), page_of(scene, TABLE)
+    assert run(set_cr3(scene.vcpu, 0x9000)) == "fine"
+    assert run(set_cr4(scene.vcpu, X86_CR4_PAE)) == "fine"
+    before = flushes(scene)
+    sync_children(scene.vcpu, parent)
+    assert page.spt not in scene.vm.sps
+    assert page.spt not in scene.vm.pages.in_use
+    assert flushes(scene) == before + 1
+    assert complaints(scene.vm) == []
+
+
+# -- zapped
+
+
+@ALL
+def test_zap_page_flushes_before_the_page_is_free(design: str) -> None:
+    scene = mapped(design=design)
+    page, before = page_of(scene, TABLE), scene.vm.counts
+    assert scene.vcpu.in_guest
+    run(zap_page(scene.vm, page.spt))
+    assert page.spt not in scene.vm.sps
+    assert scene.vm.counts["sp_zapped"] == before["sp_zapped"] + 1
+    assert scene.vm.counts["remote_tlb_flush"] == before["remote_tlb_flush"] + 1
+    assert not scene.vcpu.in_guest
+    assert complaints(scene.vm) == []
+
+
+def test_a_child_of_a_directory_takes_its_quadrant_from_the_entrys_place() -> None:
+    scene = mapped()
+    parent = page_of(scene, DIRECTORY)
+    for index, quadrant in ((0, 0), (1, 1), (6, 0), (7, 1)):
+        role = Role(child_role(parent, index, direct=False, access=7, forget=False))
+        assert (role.level, role.quadrant, role.has_4_byte_gpte) == (1, quadrant, 1)
+    direct = Role(child_role(parent, 1, direct=True, access=3, forget=False))
+    assert (direct.quadrant, direct.has_4_byte_gpte, direct.direct, direct.access) == (0, 0, 1, 3)
