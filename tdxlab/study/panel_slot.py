@@ -154,12 +154,23 @@ def _choice(
     description: str, options: Sequence[tuple[str, object]], name: str, value: object
 ) -> ipywidgets.Dropdown:
     """A dropdown that only chooses."""
-    layout = {"width": "195px" if name in ("kind", "policy") else "142px"}
+    label, width = _WIDTHS[name]
     made = ipywidgets.Dropdown(
-        options=options, description=description, value=value, layout=layout, style=_NARROW
+        options=options,
+        description=description,
+        value=value,
+        layout={"width": f"{width}px"},
+        style={"description_width": f"{label}px"},
     )
     made.add_class(f"tdxlab-{name}")
     return made
 
 
-_NARROW = {"description_width": "60px"}
+#: Pixels of a label and of it all: every option can be read, and five stand side by side.
+_WIDTHS = {
+    "kind": (30, 152),
+    "policy": (48, 184),
+    "used": (32, 136),
+    "slot-size": (62, 164),
+    "told": (58, 158),
+}

@@ -16,6 +16,16 @@ FITS = """() => {
     return area.scrollWidth <= area.clientWidth;
 }"""
 
+#: Every option of a dropdown can be read: none is narrower than it would like to be.
+OPTIONS_FIT = """() => [...document.querySelectorAll('.tdxlab-panel select')].every(select => {
+    const free = select.cloneNode(true);
+    free.style.cssText = 'width: auto; position: absolute';
+    select.parentNode.append(free);
+    const needs = free.offsetWidth;
+    free.remove();
+    return needs <= select.offsetWidth;
+})"""
+
 
 @pytest.fixture
 def twin() -> SlotPanel:
@@ -63,6 +73,7 @@ def test_deeds_by_mouse_and_keys_show_what_python_counts(shown: PanelPage, twin:
     SHOTS.mkdir(exist_ok=True)
     shown.root.screenshot(path=SHOTS / "09-panel-1280.png")
     shown.page.wait_for_function(FITS)
+    assert shown.page.evaluate(OPTIONS_FIT)
     choose(shown, "told", "not told")
     twin.told.value = False
     press(shown, twin, "create")
