@@ -104,6 +104,20 @@ def test_matrix_takes_the_mappings_that_the_cause_means(deed: str, rows: list[De
         assert gone["SEV"] == gone["SEV_ES"] == (0, 4, 0)
 
 
+@pytest.mark.parametrize("deed", GONE)
+def test_matrix_flushes_once_where_leaves_go_and_not_where_trees_do(
+    deed: str, rows: list[DeedRow]
+) -> None:
+    flushes = {row.vm: row.flushes for row in rows_of(rows, deed)}
+    once = deed not in ("zap_all_fast", "VM destroyed")
+    expected = dict.fromkeys(flushes, int(once))
+    if deed == "slot deleted":
+        expected["DEFAULT"] = 0
+    if deed == "VM destroyed":
+        expected["TDX"] = 2  # as the files of both slots are closed, before the trees go
+    assert flushes == expected
+
+
 def test_private_page_is_mapped_in_the_mirror_of_a_td_alone(rows: list[DeedRow]) -> None:
     maps = {row.vm: row.maps for row in rows_of(rows, "use a private page")}
     assert maps == dict.fromkeys(NAMES[:5], "1 direct") | {"TDX": "1 mirror"}
@@ -218,6 +232,19 @@ def test_words_of_name_an_errno_as_the_documents_do() -> None:
         *("ok", "ok"),
         *("-EINVAL", "-EOPNOTSUPP"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles"),
+    [
+        ("DEFAULT", {"P": 0, "S": 16, "D": 8, "M": 0, "R": 0, "F": 0}),
+        ("SNP", {"P": 8, "S": 8, "D": 8, "M": 0, "R": 4, "F": 4}),
+        ("TDX", {"P": 8, "S": 8, "D": 4, "M": 4, "R": 0, "F": 4}),
+    ],
+)
+def test_pages_svg_draws_a_tile_for_each_page_and_place(name: str, tiles: dict[str, int]) -> None:
+    svg = pages_svg(TypeLab(name))
+    assert {letter: svg.count(f">{letter}<") for letter in tiles} == tiles
 
 
 def test_views_say_what_they_show() -> None:
