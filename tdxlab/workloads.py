@@ -1,4 +1,4 @@
-"""Workloads for zap policies: what a TD's memory goes through, as a list of events.
+"""Workloads for policies: what a TD's memory goes through, as a list of events.
 
     boot       memory is touched, a few buffers become shared, while one vCPU after the other joins
     steady     a few pages at a time become shared and private again, with vCPUs that come and go
