@@ -110,11 +110,8 @@ class Bench:
 
     def calls(self) -> dict[str, int]:
         """The leaves that zaps are made of, and how often each was called."""
-        return {leaf: self.called(leaf) for leaf in _ZAP_LEAVES}
-
-    def called(self, leaf: str) -> int:
-        """How often a leaf was called since the TD was built."""
-        return self.machine.seamcalls[leaf] - self._before.get(leaf, 0)
+        now, before = self.machine.seamcalls, self._before
+        return {leaf: now[leaf] - before.get(leaf, 0) for leaf in _ZAP_LEAVES}
 
     def note(self, op: Op) -> None:
         """Tell the watcher."""
@@ -212,13 +209,14 @@ class ConversionBench(Bench):
         self._stores = 0
         #: gfn -> what the guest has written there
         self._written: dict[int, bytes] = {}
-        self._is_converting = False
+        self._is_converting = self._is_looking = False
         self._counted = self._sums()
         self.td.converter = self._convert
 
     def play(self, event: Event) -> None:
         """As `Bench.play`; and that the guest has found what it has written."""
         self._is_converting = event.do in (SHARED, PRIVATE)
+        self._is_looking = False
         self._counted = self._sums()
         super().play(event)
         self._count()
@@ -236,6 +234,11 @@ class ConversionBench(Bench):
         """Count before the watcher looks."""
         self._count(look=op.name in (MAPGPA, FAULT, PRE_FAULT) or op.name.islower())
         super().note(op)
+
+    def let_run(self) -> None:
+        """As `Bench.let_run`."""
+        if not self._is_looking:
+            super().let_run()
 
     def program(self, event: Event) -> Generator[Access, Any, None]:
         """The guest asks, and uses what it has got."""
@@ -263,7 +266,8 @@ class ConversionBench(Bench):
         )
 
     def _looking(self) -> Generator[Access, bytes, None]:
-        """The guest reads all that it has written."""
+        """The guest reads all that it has written; its other vCPUs have nothing to do meanwhile."""
+        self._is_looking = True
         for gfn, data in self._written.items():
             found = yield Read(self._alias(gfn), len(data))
             if found != data:
@@ -308,8 +312,9 @@ class ConversionBench(Bench):
 
     def _sums(self) -> tuple[int, int, int]:
         """SEAMCALLs, pages taken out, IPIs: all until now."""
-        seamcalls = sum(self.called(leaf) for leaf in _LEAVES)
-        return seamcalls, self.called("TDH.MEM.PAGE.REMOVE"), self.machine.host.counts["ipi"]
+        calls = self.machine.seamcalls
+        ipis: int = self.machine.host.counts["ipi"]
+        return sum(calls[leaf] for leaf in _LEAVES), calls["TDH.MEM.PAGE.REMOVE"], ipis
 
 
 #: vCPU 0 is about to enter.

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from tdxlab import policy, policy_bench, policy_run
+from tdxlab.conversion import ConversionPolicy, ConvertingVmm, Request
+from tdxlab.conversions import AsQemu, OneTooMany, PreFaults
 from tdxlab.policies import AllAtOnce, Batches, ForgetsOne, KernelPolicy, Patient
 from tdxlab.policy import ZapHost, ZapPolicy
-from tdxlab.study import check, exercises, exercises_15, panel_policy, policy_tables
-from tdxlab.study.exercises_15 import EXERCISES, GOALS
+from tdxlab.study import check, exercise, exercises, exercises_15, panel_policy, policy_tables
+from tdxlab.study.exercises_15 import CONVERSION_GOALS, EXERCISES, GOALS
 from tdxlab.study.panel_policy import PolicyPanel
 from tests.exercise_checks import bad_advice, different_questions, faults_of_check
 from tests.notebook_cells import changed_among, code_cells, run_all, saved
@@ -26,8 +28,8 @@ WRONG: dict[str, list[Any]] = {
     "15.3": ["policy", "scope", "nonsense", 7],
     "15.4": [0, 1, 400, 5000, "x"],
     "15.5": ["TDX_OPERAND_BUSY", "OPERAND_INVALID", 7],
-    "15.6": [0, 52, -1, "x"],
-    "15.7": [KernelPolicy, ForgetsOne(), 7, ZapPolicy],
+    "15.6": [AsQemu, OneTooMany(), 7, ConversionPolicy, AllAtOnce],
+    "15.7": [KernelPolicy, ForgetsOne(), 7, ZapPolicy, AsQemu],
 }
 
 
@@ -39,9 +41,17 @@ class Mine(ZapPolicy):
         KernelPolicy().zap(host, pages)
 
 
+class MyVmm(ConversionPolicy):
+    """A reader's conversion policy."""
+
+    def convert(self, vmm: ConvertingVmm, request: Request) -> None:
+        """As QEMU."""
+        AsQemu().convert(vmm, request)
+
+
 @pytest.fixture
 def panel() -> PolicyPanel:
-    return PolicyPanel(gpaw=48, mine=Mine)
+    return PolicyPanel(gpaw=48, mine=[Mine, MyVmm()])
 
 
 # -- the panel
@@ -113,18 +123,49 @@ def test_a_control_that_does_nothing_is_noticed(
     assert expected in panel_faults()
 
 
-def test_the_readers_policy_is_first_in_the_menu(panel: PolicyPanel) -> None:
-    assert panel.policy.options[0] == "Mine"
+def test_the_readers_policies_are_first_in_the_menu(panel: PolicyPanel) -> None:
+    assert panel.policy.options[:2] == (("zap: Mine", "Mine"), ("conversion: MyVmm", "MyVmm"))
     panel.policy.value = "Mine"
     panel.run.click()
     mine, kernel = panel.board["Mine", "boot"], panel.board["kernel", "boot"]
     assert mine == kernel._replace(policy="Mine")
 
 
+def test_a_readers_policy_goes_before_one_of_the_same_name() -> None:
+    class Other(AllAtOnce):
+        name = "kernel"
+
+    panel = PolicyPanel(gpaw=48, mine=Other)
+    assert panel.policy.options[0] == ("zap: kernel", "kernel")
+    panel.run.click()
+    assert panel.board["kernel", "boot"].track == 4
+
+
+def test_panel_counts_conversions_and_shows_their_memory(panel: PolicyPanel) -> None:
+    panel.policy.value = "keeps both"
+    panel.run.click()
+    result = panel.board["keeps both", "boot"]
+    numbers = panel.numbers()
+    assert (numbers["system calls"], numbers["entries"]) == (result.calls, result.entries)
+    assert (numbers["SEAMCALLs"], numbers["twice"]) == (result.seamcalls, result.most_double)
+    assert f"{result.calls} system calls, {result.entries} entries" in panel.summary()
+    assert f"{result.most_double} twice" in panel.views()["What the host has"]
+    panel.reset.click()
+    for _ in range(2):
+        panel.event.click()
+    panel.step.click()
+    assert (
+        panel.summary() == "keeps both in boot, event 2: MapGPA of 16 pages from gfn 0x0, shared."
+    )
+    panel.policy.value = "OneTooMany"
+    panel.run.click()
+    assert "took gfn 0x10, which the guest had accepted" in panel.summary()
+
+
 def test_views_have_words_for_those_who_do_not_see_them(panel: PolicyPanel) -> None:
     panel.scrub.value = 180
     maps = [view for view in panel.views().values() if "<svg" in view]
-    assert len(maps) == 2
+    assert len(maps) == 3
     assert all('role="img"' in view and "aria-label=" in view for view in maps)
     assert panel._repr_mimebundle_()["image/png"].startswith("iVBOR")
     panel.clear.click()
@@ -163,7 +204,7 @@ def test_check_accepts_the_right_answer_and_refuses_wrong_ones(number: str) -> N
 
 
 @pytest.mark.usefixtures("runs_once")
-@pytest.mark.parametrize("number", [n for n in NUMBERS if n not in ("15.4", "15.7")])
+@pytest.mark.parametrize("number", [n for n in NUMBERS if n not in ("15.4", "15.6", "15.7")])
 def test_a_wrong_answer_gets_advice_that_is_not_the_answer(number: str) -> None:
     assert bad_advice(number, WRONG[number]) == []
 
@@ -174,10 +215,30 @@ def test_advice_names_what_is_wrong() -> None:
     assert "That is the kernel's" in check("15.2", 12 * 64).text
     assert "cannot serve several zaps" in check("15.2", 577).text
     assert "a smaller one is, too" in check("15.4", 400).text
-    assert "Those are kicks" in check("15.6", 56 - 4).text
+    assert "with 32 system calls, at most 7 pages at once" in check("15.6", AsQemu).text
+    assert "took gfn 0x38" in check("15.6", OneTooMany).text
+    assert "derive a class from ConversionPolicy" in check("15.6", AllAtOnce).text
+    assert "derive a class from ZapPolicy" in check("15.7", AsQemu).text
     assert "unmapped: 1 of 16 pages" in check("15.7", ForgetsOne).text
     assert "cost of 293" in check("15.7", KernelPolicy()).text
     assert "derive a class" in check("15.7", 7).text
+
+
+@pytest.mark.usefixtures("runs_once")
+def test_every_conversion_goal_is_reached_by_its_solution_and_not_by_qemu() -> None:
+    for seed, goal in enumerate(CONVERSION_GOALS):
+        assert check("15.6", goal.solution, seed=seed)
+        assert not check("15.6", AsQemu, seed=seed)
+    assert not check("15.6", PreFaults, seed=1)
+
+
+@pytest.mark.usefixtures("runs_once")
+def test_which_rule_is_asked_for_conversions_too() -> None:
+    assert check("15.3", "data", seed=11)
+    hint = check("15.3", "tracking", seed=11).text
+    assert "who has taken what from it" in hint
+    assert "conversion_rule_rows" in check("15.3", "nonsense", seed=11).text
+    assert "`tables.there_and_back()`" in str(exercise("15.3", seed=11))
 
 
 @pytest.mark.usefixtures("runs_once")
@@ -228,7 +289,7 @@ def test_a_cell_is_short_and_solutions_are_tagged() -> None:
 
 # -- damage is noticed
 
-_FIRST = ("parameters", "imports", "mine")
+_FIRST = ("parameters", "imports", "mine", "convert-mine")
 
 
 def test_damage_turns_its_cell_red(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +305,13 @@ def test_damage_turns_its_cell_red(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_damage_to_kvms_part_turns_its_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_bench, "zapper", lambda *_: None)
     red = ("mine-run", "region-run", "raises-run", "luck-run")
+    assert changed_among(PATH, (*_FIRST, *red)) == list(red)
+
+
+def test_damage_to_conversions_turns_their_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ConvertingVmm, "pre_fault", lambda self, gfn, pages: "SUCCESS")
+    monkeypatch.setattr(ConvertingVmm, "_take", lambda self, op: None)
+    red = ("convert-wrong", "exercise-6-solution")
     assert changed_among(PATH, (*_FIRST, *red)) == list(red)
 
 

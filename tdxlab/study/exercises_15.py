@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from tdxlab.policies import WRONG_POLICIES, AllAtOnce, Batches, KernelPolicy, Patient
+from tdxlab.conversion import CONVERSION_RULES, ConversionPolicy, ConvertingVmm, Request
+from tdxlab.conversions import WRONG_CONVERSIONS, Pieces, PreFaults, PunchesLate
+from tdxlab.policies import WRONG_POLICIES, AllAtOnce, Batches, Patient
 from tdxlab.policy import RULES, SUCCESS, Op, ZapHost, ZapPolicy
-from tdxlab.policy_results import Result
-from tdxlab.policy_run import run
+from tdxlab.policy_results import AnyResult, Result
+from tdxlab.policy_run import AnyPolicy, own, run
 from tdxlab.study.exercises import Exercise, Variant
-from tdxlab.study.policy_tables import formula, one_zap
+from tdxlab.study.policy_tables import formula, one_zap, wrong_row
 from tdxlab.vmm_td import Td
 
 INVARIANT = "invariant 14"
@@ -77,24 +79,45 @@ def _floor(_gpaw: int, seed: int) -> Variant:
 # -- 15.3: which rule is broken?
 
 
+#: Each is understood without its base class.
+_ASKED: tuple[AnyPolicy, ...] = (
+    *WRONG_POLICIES,
+    *(policy for policy in WRONG_CONVERSIONS if not isinstance(policy, PunchesLate)),
+)
+
+
+#: Workloads that are no files: name -> how to make it.
+_SMALL = {"one zap": "`tables.one_zap(8, 2)`", "there and back": "`tables.there_and_back()`"}
+
+
 def _rule(gpaw: int, seed: int) -> Variant:
-    policy = WRONG_POLICIES[seed % len(WRONG_POLICIES)]
-    results = (run(policy, workload, gpaw=gpaw) for workload in ("boot", one_zap(8, 2), "teardown"))
-    right = next(r.violation.rule for r in results if r.violation is not None)
+    policy = _ASKED[seed % len(_ASKED)]
+    row = wrong_row(policy, gpaw)
+    zaps = isinstance(policy, ZapPolicy)
 
     def hint(given: Any) -> str:
-        names = (*RULES, INVARIANT)
-        if str(given).strip() not in names:
-            return "That is no rule's name. `tables.rule_rows()` has them all, with what they ask."
+        if str(given).strip() not in (*RULES, *CONVERSION_RULES, INVARIANT):
+            tables = "rule_rows" if zaps else "conversion_rule_rows"
+            return f"That is no rule's name. `tables.{tables}()` has them, with what they ask."
+        if zaps:
+            return (
+                "Go through it with two pages and a vCPU inside. What has each page been through "
+                "when `zap` ends, and what did the module answer to each call on the way?"
+            )
         return (
-            "Go through it with two pages and a vCPU inside. What has each page been through when "
-            "`zap` ends, and what did the module answer to each call on the way?"
+            "Go through it with two pages that become shared, and one that becomes private again. "
+            "What kind is each page of the guest then, and who has taken what from it?"
         )
 
-    lines = textwrap.dedent(inspect.getsource(type(policy).zap)).splitlines()
+    method = type(policy).zap if isinstance(policy, ZapPolicy) else type(policy).convert
+    lines = textwrap.dedent(inspect.getsource(method)).splitlines()
     code = "\n".join(line for line in lines if '"""' not in line)
-    question = f"Which rule does this policy break?\n\n{code}\n\nGive the rule's name."
-    return Variant(question, right, hint)
+    where = _SMALL.get(row.workload, repr(row.workload))
+    question = (
+        f"Which rule does this policy break first in the workload {where}?\n\n{code}\n\n"
+        "Give the rule's name."
+    )
+    return Variant(question, row.rule, hint)
 
 
 # -- 15.4: how large a batch?
@@ -192,30 +215,7 @@ def _status(gpaw: int, seed: int) -> Variant:
     return Variant(question, right, hint, lambda given: plain(given) == right)
 
 
-# -- 15.6: what is saved?
-
-_RIVALS: tuple[ZapPolicy, ...] = (AllAtOnce(), Batches(4), Patient(), Batches(16))
-
-
-def _saved(gpaw: int, seed: int) -> Variant:
-    rival = _RIVALS[seed % len(_RIVALS)]
-    name = "boot"
-    kernel, other = (run(policy, name, gpaw=gpaw) for policy in (KernelPolicy(), rival))
-    right = kernel.ipis - other.ipis
-
-    def hint(given: int) -> str:
-        if given == kernel.kicks - other.kicks:
-            return "Those are kicks. A kick is an IPI to each vCPU that is inside, maybe to none."
-        return "Run both policies in the workload and subtract: the field is `ipis`."
-
-    question = (
-        f"How many IPIs fewer than the kernel's policy does {rival.title!r} send in {name!r}, with "
-        "the seed that `run` takes if none is given?"
-    )
-    return Variant(question, right, hint)
-
-
-# -- 15.7: write one
+# -- 15.6 and 15.7: write one
 
 
 class Goal(NamedTuple):
@@ -223,9 +223,47 @@ class Goal(NamedTuple):
 
     words: str
     workload: str
-    solution: ZapPolicy
-    reached: Callable[[Result], bool]
+    solution: AnyPolicy
+    reached: Callable[[Any], bool]
 
+
+class PiecesMapped(PreFaults):
+    """Eight pages at a time, mapped before they are used."""
+
+    name = "pieces of 8, pre-faulted"
+
+    def convert(self, vmm: ConvertingVmm, request: Request) -> None:
+        """The pieces first."""
+        Pieces(8).convert(vmm, request)
+        vmm.pre_fault(request.gfn, request.pages)
+
+
+CONVERSION_GOALS = (
+    Goal(
+        "with a cost of 380 at most and no page twice in memory",
+        "steady",
+        PreFaults(),
+        lambda r: r.cost <= 380 and not r.most_double,
+    ),
+    Goal(
+        "with 24 system calls at most and never more than 10 pages twice in memory",
+        "steady",
+        PunchesLate(),
+        lambda r: r.calls <= 24 and r.most_double <= 10,
+    ),
+    Goal(
+        "with a cost of 340 at most and never more than 8 pages at once",
+        "boot",
+        PiecesMapped(),
+        lambda r: r.cost <= 340 and r.most_at_once <= 8,
+    ),
+    Goal(
+        "with a cost of 550 at most and one page at a time",
+        "boot",
+        Pieces(1),
+        lambda r: r.cost <= 550 and r.most_at_once <= 1,
+    ),
+)
 
 GOALS = (
     Goal("with a cost of 180 at most", "boot", AllAtOnce(), lambda r: r.cost <= 180),
@@ -245,9 +283,15 @@ GOALS = (
 )
 
 
-def _own(gpaw: int, seed: int) -> Variant:
-    goal = GOALS[seed % len(GOALS)]
+def _conversions(gpaw: int, seed: int) -> Variant:
+    return _own("conversion", CONVERSION_GOALS[seed % len(CONVERSION_GOALS)], gpaw)
 
+
+def _zaps(gpaw: int, seed: int) -> Variant:
+    return _own("zap", GOALS[seed % len(GOALS)], gpaw)
+
+
+def _own(kind: str, goal: Goal, gpaw: int) -> Variant:
     def accepts(given: Any) -> bool:
         return not _objection(goal, given, gpaw)
 
@@ -255,26 +299,39 @@ def _own(gpaw: int, seed: int) -> Variant:
         return _objection(goal, given, gpaw)
 
     question = (
-        f"Write a policy that keeps the rules in {goal.workload!r} {goal.words}. Give the class, "
-        "or an object of it."
+        f"Write a {kind} policy that keeps the rules in {goal.workload!r} {goal.words}. Give the "
+        "class, or an object of it."
     )
     return Variant(question, goal.solution, hint, accepts)
 
 
 def _objection(goal: Goal, given: Any, gpaw: int) -> str:
     """What is wrong with a policy; empty if nothing is."""
+    base = ZapPolicy if isinstance(goal.solution, ZapPolicy) else ConversionPolicy
     try:
+        if not isinstance(own(given), base):
+            return f"That is a policy of the other kind; derive a class from {base.__name__}."
         result = run(given, goal.workload, gpaw=gpaw)
     except ValueError as mistake:
         return f"That cannot be run: {mistake}."
     if result.violation is not None:
         return f"It was stopped in {goal.workload!r}. {result.violation}."
     if not goal.reached(result):
-        return (
-            f"It keeps the rules, at a cost of {result.cost} with {result.ipis} IPIs and at most "
-            f"{result.most_blocked} pages blocked at a time; {goal.words} is asked for."
-        )
+        return f"It keeps the rules, at {_came_to(result)}; {goal.words} is asked for."
     return ""
+
+
+def _came_to(result: AnyResult) -> str:
+    """A result in words."""
+    if isinstance(result, Result):
+        return (
+            f"a cost of {result.cost} with {result.ipis} IPIs and at most {result.most_blocked} "
+            "pages blocked at a time"
+        )
+    return (
+        f"a cost of {result.cost} with {result.calls} system calls, at most {result.most_at_once} "
+        f"pages at once and {result.most_double} twice in memory"
+    )
 
 
 EXERCISES = (
@@ -283,6 +340,6 @@ EXERCISES = (
     Exercise("15.3", _rule),
     Exercise("15.4", _batch),
     Exercise("15.5", _status),
-    Exercise("15.6", _saved),
-    Exercise("15.7", _own),
+    Exercise("15.6", _conversions),
+    Exercise("15.7", _zaps),
 )

@@ -41,7 +41,7 @@ def shown(notebook: LabPage) -> PanelPage:
 def test_a_run_by_mouse_and_keys_shows_what_python_counts(
     shown: PanelPage, twin: PolicyPanel
 ) -> None:
-    shown.root.locator(".tdxlab-policy select").select_option(label="batches of 8")
+    shown.root.locator(".tdxlab-policy select").select_option(label="zap: batches of 8")
     shown.root.locator(".tdxlab-workload select").select_option(label="boot")
     twin.policy.value, twin.workload.value = "batches of 8", "boot"
     twin.run.click()
@@ -59,11 +59,23 @@ def test_a_run_by_mouse_and_keys_shows_what_python_counts(
     assert shown.numbers()["runs"] == 1
 
 
+def test_a_conversion_policy_shows_its_memory_and_its_counts(
+    shown: PanelPage, twin: PolicyPanel
+) -> None:
+    shown.root.locator(".tdxlab-policy select").select_option(label="conversion: keeps both")
+    shown.root.locator(".tdxlab-workload select").select_option(label="boot")
+    shown.click("tdxlab-run", then="keeps both in boot is done")
+    twin.policy.value = "keeps both"
+    twin.run.click()
+    assert shown.agrees_with(twin)
+    assert shown.numbers()["twice"] == twin.board["keeps both", "boot"].most_double
+
+
 def test_a_wrong_policy_reads_its_rule_and_the_panel_fits(
     shown: PanelPage, twin: PolicyPanel
 ) -> None:
     shown.page.set_viewport_size({"width": 1280, "height": 800})
-    shown.root.locator(".tdxlab-policy select").select_option(label="ForgetsOne")
+    shown.root.locator(".tdxlab-policy select").select_option(label="zap: ForgetsOne")
     shown.root.locator(".tdxlab-workload select").select_option(label="boot")
     shown.click("tdxlab-run", then="unmapped: 1 of 16 pages are still in the TD")
     twin.policy.value = "ForgetsOne"
