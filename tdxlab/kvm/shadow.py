@@ -170,8 +170,6 @@ def kvm_mmu_track_write(vm: ShadowVm, gpa: int, size: int) -> None:
     invalid: list[ShadowPage] = []
     flush = False
     for sp in shadowing(vm, gpa >> PAGE_SHIFT):
-        if sp.spt not in vm.sps or vm.sps[sp.spt].is_invalid:
-            continue
         if _is_misaligned(sp, gpa, size):
             prepare_zap_page(vm, vm.sps[sp.spt], invalid)
             continue
