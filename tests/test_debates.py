@@ -206,10 +206,10 @@ def test_root_rows_crash_the_host_for_private_memory_without_a_mirror(gpaw: int)
     assert {row.private_write for row in crashed} == {debates_faults.CRASH}
 
 
+@pytest.mark.parametrize("rule", list(debates_faults.ROOT_RULES)[1:])
 @EACH_GPAW
-def test_root_rows_map_private_pages_in_the_mirror_of_a_td_alone(gpaw: int) -> None:
-    rows = rows_of("D3", gpaw, rule="address bit")
-    where = {row.vm: row.private_write for row in rows}
+def test_root_rows_map_private_pages_in_the_mirror_of_a_td_alone(gpaw: int, rule: str) -> None:
+    where = {row.vm: row.private_write for row in rows_of("D3", gpaw, rule=rule)}
     assert where == {
         "TDX": debates_faults.MIRROR,
         **dict.fromkeys(("SNP", "SW_PROTECTED"), debates_faults.DIRECT),

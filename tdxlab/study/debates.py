@@ -92,7 +92,7 @@ def debate(name: str, gpaw: int = 48) -> Experiment:
     if name not in DEBATES:
         raise ValueError(f"there is no debate {name!r}; choose one of {', '.join(DEBATES)}")
     if gpaw not in GPAW_CHOICES:
-        raise ValueError(f"GPAW {gpaw} is not a TDX guest address width; choose 48 or 52")
+        raise ValueError(f"GPAW {gpaw!r} is not a TDX guest address width; choose 48 or 52")
     title, question, measure, judge, outcome = DEBATES[name]
     rows = measure(gpaw)
     return Experiment(name, title, question, POSITIONS[name], Table(rows), judge(rows), outcome)

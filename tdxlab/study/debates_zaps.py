@@ -28,6 +28,7 @@ from tdxlab.study.debate_tools import (
     Substitute,
     go_on,
     heard,
+    many,
     status_in,
     substituted,
 )
@@ -214,8 +215,8 @@ def judge_atomic(rows: Sequence[AtomicRow]) -> str:
     for meets in (BESIDE, THERE):
         exclusive, atomic = (_find(rows, way, meets) for way in (EXCLUSIVE, ATOMIC))
         parts.append(
-            f"{meets.capitalize()} takes up to {exclusive.longest} steps with {EXCLUSIVE}, "
-            f"{exclusive.waits} of them waiting, and {atomic.longest} with the entry {ATOMIC}"
+            f"{meets.capitalize()} takes up to {_cost(exclusive)} with {EXCLUSIVE}, and up to "
+            f"{_cost(atomic)} with the entry {ATOMIC}"
         )
     dead = [row for row in rows if row.dead]
     parts += [
@@ -228,6 +229,11 @@ def judge_atomic(rows: Sequence[AtomicRow]) -> str:
     elif all(row.zap == ATOMIC for row in dead):
         parts.append("What mmu_lock for write buys is that nobody else tracks meanwhile")
     return ". ".join(parts) + "."
+
+
+def _cost(row: AtomicRow) -> str:
+    waiting = f"{row.waits or 'none'} of them waiting"
+    return f"{many(row.longest, 'step')} ({waiting}; {many(row.retries, 'repetition')})"
 
 
 def _find(rows: Sequence[AtomicRow], way: str, meets: str) -> AtomicRow:
