@@ -20,7 +20,10 @@ hooks read `self.machine` and `self.tape`, keep nothing, and are called after ev
 Everything can be reached with Tab, Space and the arrow keys. The sentence is a live region, which a
 screen reader says when it changes.
 Differs: ipywidgets replaces the element of the live region together with its text; whether that is
-announced depends on the screen reader.
+announced depends on the screen reader. It names neither a slider's handle nor an image: what the
+figure shows is in the numbers below it. And it keeps a second change of the same control back until
+the kernel has answered the first, but never a click: who changes a menu twice and presses a button
+while the kernel is busy may get the first choice.
 """
 
 from __future__ import annotations
