@@ -249,8 +249,7 @@ class GuestMemfds(Journalled):
 
         Returns 0, or in order: -EBADF: the file is released; -EINVAL: nothing, or negative;
         -EOPNOTSUPP: the file would change its size, or another mode; -EINVAL: no multiples of
-        4 KiB; -ENOMEM.
-        Source: kvm_gmem_fallocate, kvm_gmem_allocate.
+        4 KiB, or pages beyond the file (a hole may be there); -ENOMEM. Source: kvm_gmem_fallocate.
         """
         if not self.is_open(gmem):
             return -EBADF
@@ -355,10 +354,12 @@ class GuestMemfds(Journalled):
         return -ENOMEM if hpa == NO_PAGE else hpa | IN_USE
 
     def _allocate(self, gmem: int, start: int, end: int) -> Doing:
-        """Have pages for [start, end) without preparing them; up to the end of the file."""
+        """Have pages for [start, end) without preparing them. Source: kvm_gmem_allocate."""
+        if end > self.size(gmem):
+            return -EINVAL
         yield from self._lock(gmem)
         try:
-            for index in range(start, min(end, self.size(gmem))):
+            for index in range(start, end):
                 word = self._folios.get(gmem, index) or self._new_folio()
                 if word < 0:
                     return word

@@ -117,8 +117,12 @@ def handle_ranges(
 
 def hva_ranges(vm: Vm, start: int, end: int, *, may_block: bool, lockless: bool) -> list[GfnRange]:
     """The gfns whose shared memory touches the HVAs in [start, end), per slot. Private memory has
-    no HVA, so only shared memory is meant. Source: kvm_main.c, kvm_handle_hva_range.
+    no HVA, so only shared memory is meant; nothing is in a range without bytes, and such a one is
+    warned of. Source: kvm_main.c, kvm_handle_hva_range.
     """
+    if end <= start:
+        vm.warn(f"kvm_handle_hva_range: {start:#x} to {end:#x} is no range")
+        return []
     return [
         _hva_range(slot, start, end)._replace(may_block=may_block, lockless=lockless)
         for as_id in range(vm.slots.spaces)

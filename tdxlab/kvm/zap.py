@@ -244,8 +244,9 @@ def tdp_mmu_zap_root(vm: Vm, root: MmuPage, shared: bool) -> Work:
 
 
 def kvm_tdp_mmu_zap_all(vm: Vm) -> Work:
-    """Clear all direct roots, valid and invalid, and invalid mirror roots if there are any;
-    mmu_lock held for write. Source: tdp_mmu.c, kvm_tdp_mmu_zap_all.
+    """Clear all direct roots, valid and invalid; mmu_lock held for write. Mirror roots stay.
+
+    Source: tdp_mmu.c, kvm_tdp_mmu_zap_all.
     """
     assert vm.mmu_lock.held(WRITE)
     for root in for_each_tdp_mmu_root_yield_safe(vm, KVM_DIRECT_ROOTS | KVM_INVALID_ROOTS):

@@ -142,6 +142,10 @@ def test_put_page_refuses_a_page_without_a_reference():
         (PUNCH | 1 << 4, 0x1, 0x1000, -EOPNOTSUPP),
         (PUNCH, 0x1, 0x1000, -EINVAL),
         (PUNCH, 0, 0x1001, -EINVAL),
+        (FALLOC_FL_KEEP_SIZE, 1023 << 12, 0x1000, 0),
+        (FALLOC_FL_KEEP_SIZE, 1023 << 12, 0x2000, -EINVAL),
+        (FALLOC_FL_KEEP_SIZE, 1024 << 12, 0x1000, -EINVAL),
+        (PUNCH, 1023 << 12, 0x2000, 0),
     ],
 )
 def test_fallocate_checks_its_arguments(mode, offset, size, ret):
@@ -152,7 +156,7 @@ def test_fallocate_checks_its_arguments(mode, offset, size, ret):
 
 def test_fallocate_has_pages_ready_that_are_not_prepared():
     scene = td()
-    assert run(scene.files.fallocate(scene.gmem, FALLOC_FL_KEEP_SIZE, 1022 << 12, 9 << 12)) == 0
+    assert run(scene.files.fallocate(scene.gmem, FALLOC_FL_KEEP_SIZE, 1022 << 12, 2 << 12)) == 0
     assert sorted(scene.files.pages(scene.gmem)) == [1022, 1023]
     assert not scene.files.pages(scene.gmem)[1022].prepared
 

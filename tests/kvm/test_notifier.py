@@ -120,6 +120,8 @@ def test_kvm_mmu_notifier_invalidate_range_unmaps_private_pages_too_without_a_mi
         (HVA + 0x800, HVA + PAGE + 1, [(0x10, 0x12)]),
         (HVA - PAGE, HVA + 0x100 * PAGE, [(0x10, 0x18), (0x100, 0x104)]),
         (HVA + 8 * PAGE, HVA + 16 * PAGE, []),
+        (HVA + PAGE, HVA + PAGE, []),
+        (HVA + 2 * PAGE, HVA + PAGE, []),
     ],
 )
 def test_hva_ranges_has_every_gfn_whose_page_is_touched(start, end, expected):
