@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterator
 
 from tdxlab.accesses import pages_of
-from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
-from tdxlab.arguments import checked
+from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE, SIZE_1G
+from tdxlab.arguments import checked, explained
 from tdxlab.guest import Access, Fetch, MapGpa, Program, Read, Write
 from tdxlab.kvm.exits import KvmExit
 from tdxlab.kvm.vm import Vcpu
-from tdxlab.sizes import parse_size
+from tdxlab.sizes import format_size, parse_size
 from tdxlab.steps import Operation, Step
 from tdxlab.vmm_ioctls import Gauge, Ioctls, Progress
 from tdxlab.vmm_run import RunResult, run_steps
 
+#: Bytes that a guest touches, and reads, in one go: more would take hours, or all memory.
+TOUCH_LIMIT, READ_LIMIT = 64 * SIZE_1G, SIZE_1G
 #: Steps that convert one page each.
 _CONVERTING = frozenset(("TDH.MEM.PAGE.REMOVE", "TDH.MEM.PAGE.AUG"))
 
@@ -99,6 +101,7 @@ class Gate(Ioctls):
             raise ValueError(f"{vcpu!r} cannot run {self.vm.name}; use one of {self.vm.vcpus}")
         return vcpu
 
+    @explained
     def lp_for(self, vcpu: Vcpu) -> int:
         """The LP where a vCPU runs if nobody says otherwise."""
         return vcpu.vcpu_id % self.host.hardware.cpu.count
@@ -117,9 +120,11 @@ class Gate(Ioctls):
     ) -> RunResult:
         """The guest uses one byte of each page of `size` bytes at `gpa`, in the way in which its
         page tables map them: shared where it has converted them. progress: told (done, in all).
+        Refuses more than TOUCH_LIMIT bytes: ValueError.
         """
         size = parse_size(size)
         self.guest.require_gpa(gpa, size)
+        _require_at_most(TOUCH_LIMIT, size)
         pages = range(gpa & -PAGE_SIZE, gpa + size, PAGE_SIZE)
         return self.run(self._touching(gpa, pages, write, progress), vcpu=vcpu)
 
@@ -151,8 +156,12 @@ class Gate(Ioctls):
 
     @checked
     def read(self, gpa: int, size: int, *, vcpu: int | Vcpu = 0) -> RunResult:
-        """The guest reads, as `write`; the result's `value` are the bytes that it got."""
+        """The guest reads, as `write`; the result's `value` are the bytes that it got.
+
+        Refuses more than READ_LIMIT bytes: ValueError.
+        """
         self.guest.require_gpa(gpa, size)
+        _require_at_most(READ_LIMIT, size)
         pieces = [Read(self.guest.alias(start), length) for start, length in pages_of(gpa, size)]
         result = self.run(pieces, vcpu=vcpu)
         return result._replace(answers=(b"".join(result.answers),) if result.answers else ())
@@ -200,3 +209,8 @@ class Gate(Ioctls):
                 f"GPAs {gpa:#x}..{gpa + size - 1:#x} have no memory; those that have: "
                 f"{self.places()}"
             )
+
+
+def _require_at_most(limit: int, size: int) -> None:
+    if size > limit:
+        raise ValueError(f"{format_size(size)} in one go; give at most {format_size(limit)}")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tdxlab import steps
 from tdxlab.accesses import pages_of
 from tdxlab.arch import PAGE_SIZE
-from tdxlab.arguments import checked
+from tdxlab.arguments import checked, explained
 from tdxlab.guest import Guest
 from tdxlab.journal import Field, Fields, Journal, Journalled
 from tdxlab.kvm.attributes import KVM_MEMORY_ATTRIBUTE_PRIVATE
@@ -288,6 +288,7 @@ class Ioctls(Journalled):
             )
         return number
 
+    @explained
     def backing_of(self, gpa: int, size: int = 1) -> Backing | None:
         """The memory that has all of these GPAs (without the SHARED bit)."""
         for backing in self.backings:

@@ -286,6 +286,12 @@ MISTAKES: dict[str, tuple[Mistake, int | None, tuple[str, ...]]] = {
     "access beyond 48 bits": (lambda s: s.td.touch(1 << 48), None, (hex(1 << 48), "48 bits")),
     "access across 48 bits": (lambda s: s.td.read((1 << 48) - 1, 2), None, ("48 bits",)),
     "negative access": (lambda s: s.td.run([Write(-8)]), None, ("-0x8", "48 bits")),
+    "endless touch": (
+        lambda s: s.td.touch(0, "128 TiB"),
+        None,
+        ("128 TiB in one go", "64 GiB"),
+    ),
+    "endless read": (lambda s: s.td.read(0, 1 << 46), None, ("64 TiB in one go", "1 GiB")),
     "empty read": (lambda s: s.td.read(0, 0), None, ("0 bytes", "at least 1")),
     "shared memory of nothing": (
         lambda s: s.td.read_shared(MEMORY, 8),

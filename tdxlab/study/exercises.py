@@ -150,12 +150,13 @@ def _advice(asked: Variant, answer: Any) -> str:
 
 
 def _kind(answer: Any) -> str:
-    """What sort of answer it is; lists, tuples and sets are one sort, bool is no int."""
+    """What sort of answer it is; lists and tuples are one sort, bool is no int."""
     kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
         (bool, "True or False"),
         (int, "a whole number"),
         (str, "a text"),
-        ((set, frozenset, list, tuple), "a collection"),
+        ((set, frozenset), "a set"),
+        ((list, tuple), "a tuple or a list"),
     )
     return next((name for kind, name in kinds if isinstance(answer, kind)), type(answer).__name__)
 

@@ -18,7 +18,7 @@ from tdxlab.kvm.shadow import (
 )
 from tdxlab.kvm.shadow_pages import is_obsolete_sp, shadowing
 from tdxlab.kvm.shadow_params import AMD, DESIGNS, NESTED, RFC, SPECIAL
-from tdxlab.kvm.shadow_run import GUEST_FAULT
+from tdxlab.kvm.shadow_run import EMULATED, GUEST_FAULT, OK, set_cr3, store
 from tdxlab.steps import run
 
 ALL = pytest.mark.parametrize("design", DESIGNS)
@@ -127,6 +127,23 @@ def test_guest_store_of_part_of_an_entry_frees_the_pages_after_one_flush() -> No
     assert not pages & set(scene.vm.pages.in_use)
     assert rise(scene, before, "remote_tlb_flush") == [1]
     assert complaints(scene.vm) == []
+
+
+@pytest.mark.parametrize(("entry", "kind"), [(0x5000, OK), (DIRECTORY, EMULATED)])
+def test_store_changes_the_guests_memory_whoever_makes_it(entry: int, kind: str) -> None:
+    scene = mapped()
+    scene.put(TABLE, 3, entry | RWU)
+    assert run(store(scene.vcpu, 0x3100, 0x1234, 4)).kind == kind
+    assert scene.vm.read_guest(entry + 0x100, 4) == 0x1234
+    assert not scene.vm.mmu_lock.written
+
+
+def test_set_cr3_counts_the_pdptes_that_it_checks() -> None:
+    scene = Scene(3, cr3=0x9020)
+    scene.turn_on()
+    before = scene.vm.counts
+    assert run(set_cr3(scene.vcpu, 0x9020)) == "fine"
+    assert rise(scene, before, "pdptes_checked") == [4]
 
 
 @pytest.mark.parametrize(("entry", "flushes"), [(0x6000 | RWU, 1), (0x5000 | RWU, 0)])
