@@ -276,6 +276,7 @@ def test_limit_rows_leave_a_gap_before_the_td_is_initialised(gpaw: int) -> None:
     assert (linux.lost_before, linux.lost_after, linux.missed) == (6, 0, 0)
     each = row_of("D9", gpaw, rule="a bound for each VM")
     assert (each.init_refused, each.lost_before, each.missed) == ("across, above", 0, 4)
+    assert {row.refused for row in rows_of("D9", gpaw)} == {0}
 
 
 @EACH_GPAW
@@ -288,10 +289,23 @@ def test_guard_rows_lose_private_pages_or_the_vm_without_the_right_guard(gpaw: i
 
 @EACH_GPAW
 def test_atomic_rows_end_the_vm_where_two_zaps_track(gpaw: int) -> None:
-    dead = [row for row in rows_of("D12", gpaw) if row.dead]
-    assert [(row.zap, row.meets) for row in dead] == [(debates_zaps.ATOMIC, debates_zaps.ANOTHER)]
-    assert dead[0].why == "TDX_PREVIOUS_TLB_EPOCH_BUSY"
+    dead = {row.zap: row for row in rows_of("D12", gpaw, meets=debates_zaps.ANOTHER) if row.dead}
+    assert list(dead) == [debates_zaps.ATOMIC, debates_zaps.CLEARED]
+    assert {row.why for row in dead.values()} == {"TDX_PREVIOUS_TLB_EPOCH_BUSY"}
+
+
+@EACH_GPAW
+def test_atomic_rows_need_the_freeze_where_a_fault_meets_the_entry(gpaw: int) -> None:
+    there = {row.zap: row for row in rows_of("D12", gpaw, meets=debates_zaps.THERE)}
+    assert [name for name, row in there.items() if row.dead] == [debates_zaps.CLEARED]
+    assert "TDX_EPT_ENTRY_STATE_INCORRECT" in there[debates_zaps.CLEARED].why
+    assert there[debates_zaps.ATOMIC].retries > there[debates_zaps.EXCLUSIVE].retries == 0
+
+
+@EACH_GPAW
+def test_atomic_rows_make_a_neighbour_wait_for_the_exclusive_lock_alone(gpaw: int) -> None:
     beside = {row.zap: row for row in rows_of("D12", gpaw, meets=debates_zaps.BESIDE)}
+    assert not any(row.dead for row in beside.values())
     assert beside[debates_zaps.EXCLUSIVE].waits > beside[debates_zaps.ATOMIC].waits == 0
 
 

@@ -14,6 +14,7 @@ from tdxlab.guest import Read
 from tdxlab.kvm import zap
 from tdxlab.kvm.blocked import is_blocked_spte
 from tdxlab.kvm.external import Hook
+from tdxlab.kvm.locks import WRITE
 from tdxlab.kvm.spte import (
     FROZEN_SPTE,
     SHADOW_NONPRESENT_VALUE,
@@ -22,7 +23,9 @@ from tdxlab.kvm.spte import (
 from tdxlab.kvm.tdp_iter import TdpIter
 from tdxlab.kvm.tdp_set import handle_changed_spte
 from tdxlab.kvm.vm import Vm
+from tdxlab.kvm.zap import kvm_tdp_mmu_zap_leafs
 from tdxlab.machine import Machine
+from tdxlab.steps import Operation
 from tdxlab.study.debate_tools import (
     Faulting,
     Substitute,
@@ -116,7 +119,8 @@ class AtomicRow(NamedTuple):
     why: str
 
 
-EXCLUSIVE, ATOMIC = "mmu_lock for write", "frozen, mmu_lock for read"
+EXCLUSIVE = "mmu_lock for write"
+ATOMIC, CLEARED = "frozen, mmu_lock for read", "cleared, mmu_lock for read"
 BESIDE, THERE, ANOTHER = "a fault beside", "a fault there", "another zap"
 #: Pages that are zapped, that are mapped next to them, and another slot's.
 _ZAPPED, _BESIDE, _OTHER_GPA = 4, 8, SIZE_2M
@@ -143,14 +147,25 @@ def _remove_frozen(vm: Vm, place: tuple[int, int, int, int], old_spte: int) -> H
 _ZAPS: dict[str, tuple[Substitute, ...]] = {
     EXCLUSIVE: (),
     ATOMIC: (*BREAKS["zap-under-read-lock"].substitutes, (zap, "clear_leaf", _freeze_leaf)),
+    CLEARED: BREAKS["zap-under-read-lock"].substitutes,
 }
 
 
+def _zapping(td: Td, gpa: int) -> Operation:
+    """The leaves of some pages go."""
+    vm, gfn = td.vm, gpa // PAGE_SIZE
+    yield from vm.mmu_lock.lock(WRITE)
+    yield from kvm_tdp_mmu_zap_leafs(vm, gfn, gfn + _ZAPPED, False)
+    vm.mmu_lock.unlock(WRITE)
+
+
 def atomic_rows(gpaw: int) -> list[AtomicRow]:
-    """D12: both ways, met by a fault on a neighbour, by one on a page that goes, by another zap.
+    """D12: each way, met by a fault on a neighbour, by one on a page that goes, by another zap.
 
     Differs: no kernel zaps a mirror under the shared lock. Here everybody who takes mmu_lock for
-    write takes it for read, and a leaf stays frozen until the hook has removed its page.
+    write takes it for read, and a leaf stays frozen until the hook has removed its page, or is
+    cleared before as under the exclusive lock. In Linux an invalidation in progress turns faults on
+    the range back besides; it would hide what the lock and the freeze do.
     """
     machine = Machine(gpaw=gpaw, memory="1 GiB", lps=4, packages=1)
     td = machine.create_td(vcpus=2, memory=SIZE_2M)
@@ -189,10 +204,9 @@ def _meeting(td: Td, meets: str, start: int) -> tuple[Faulting, bool]:
     page = 0 if meets == THERE else _BESIDE + 1
     fault = Faulting(td, page * PAGE_SIZE)
     reading = td.run_steps(repeat(Read(_BESIDE * PAGE_SIZE)), vcpu=1)
-    size = _ZAPPED * PAGE_SIZE
-    zapping = td.host.on_cpu(2, td.punch_hole_steps(0, size))
+    zapping = td.host.on_cpu(2, _zapping(td, 0))
     if meets == ANOTHER:
-        coming = td.host.on_cpu(3, td.punch_hole_steps(_OTHER_GPA, size))
+        coming = td.host.on_cpu(3, _zapping(td, _OTHER_GPA))
     else:
         coming = td.host.on_cpu(0, fault.operation())
     go_on(reading, 16)
@@ -224,9 +238,12 @@ def judge_atomic(rows: Sequence[AtomicRow]) -> str:
         f"is: {row.zap} ({row.why})"
         for row in dead
     ]
+    deadly = {(row.zap, row.meets) for row in dead}
     if not dead:
         parts.append("No meeting ends the VM")
-    elif all(row.zap == ATOMIC for row in dead):
+    if (CLEARED, THERE) in deadly and (ATOMIC, THERE) not in deadly:
+        parts.append("The freeze keeps faults away")
+    if (ATOMIC, ANOTHER) in deadly and (EXCLUSIVE, ANOTHER) not in deadly:
         parts.append("What mmu_lock for write buys is that nobody else tracks meanwhile")
     return ". ".join(parts) + "."
 
