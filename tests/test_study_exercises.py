@@ -96,6 +96,27 @@ def test_is_right_compares_kindly_but_not_blindly(right: Any, given: Any, verdic
     assert is_right(Variant("?", right, str), given) is verdict
 
 
+@pytest.mark.parametrize(
+    ("right", "given", "words"),
+    [
+        (("A", "B"), {"A", "B"}, "is not a tuple or a list"),
+        (frozenset({"A"}), ["A"], "is not a set"),
+        (("A", "B"), [["A"], "B"], "has lists in it"),
+        (5, "5", "is not a whole number"),
+    ],
+)
+def test_check_says_of_what_sort_an_answer_has_to_be(
+    right: Any, given: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(answer: Any) -> str:
+        raise AssertionError(f"asked for advice about {answer!r}")
+
+    made = Exercise("00.1", lambda gpaw, seed: Variant("?", right, never))
+    monkeypatch.setattr(exercises, "find", lambda number: made)
+    exercises.made.cache_clear()
+    assert words in check("00.1", given).text
+
+
 def test_a_variant_may_judge_for_itself() -> None:
     made = Exercise("00.1", lambda gpaw, seed: Variant("?", 4, str, lambda n: n % 2 == 0)).make(
         48, 0

@@ -144,8 +144,11 @@ def is_right(asked: Variant, answer: Any) -> bool:
 
 
 def _advice(asked: Variant, answer: Any) -> str:
-    if asked.accepts is None and _kind(answer) != _kind(asked.answer):
-        return f"{answer!r} is not {_kind(asked.answer)}, and that is what is asked for."
+    if asked.accepts is None:
+        if _kind(answer) != _kind(asked.answer):
+            return f"{answer!r} is not {_kind(asked.answer)}, and that is what is asked for."
+        if isinstance(answer, list | tuple) and any(isinstance(one, list | dict) for one in answer):
+            return f"{answer!r} has lists in it, and plain values are asked for."
     return asked.hint(answer)
 
 
