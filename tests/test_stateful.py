@@ -2,8 +2,9 @@
 KVM do, with failures and with schedules. After every step all invariants hold, and the tables map
 what a simple model expects, and the guest reads what it wrote.
 
-One machine is booted; each run rewinds it. A failure shows the seed, and the run as a program of
-calls; `-s` shows the seed, and how often what was done.
+One machine is booted; each run rewinds it. The PAMT is read as a whole when a run begins and ends,
+and in between where the journal says that something has changed. A failure shows the seed, and the
+run as a program of calls; `-s` shows the seed, and how often what was done.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tdxlab.abi.status import (
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
 from tdxlab.failures import ALLOC_PAGE, Failure
 from tdxlab.guest import Read, Write
-from tdxlab.invariants import check
+from tdxlab.invariants import Watch, check
 from tdxlab.kvm.slots import KVM_MEM_LOG_DIRTY_PAGES
 from tdxlab.steps import WAIT, Operation, Schedule
 from tests.life_model import (
@@ -119,6 +120,7 @@ class Lives(RuleBasedStateMachine):
         super().__init__()
         self.machine = born().machine
         self.before = self.machine.mark()
+        self.watch = Watch(self.machine)
         self.lives = [born().copy()]
         #: steps made; the invariants are tested before the first one too
         self.steps = -1
@@ -130,19 +132,23 @@ class Lives(RuleBasedStateMachine):
         DEEDS["runs"] += 1
         DEEDS["full runs"] += self.steps == STEPS
         DEEDS["steps"] += self.steps
+        self.watch.close()
         self.machine.rewind(self.before)
         self.machine.journal.forget(self.before)
 
     @invariant()
     def the_machine_is_sound(self) -> None:
         self.steps += 1
+        if self.steps == STEPS:
+            check(self.machine, "always")
         moment = len(self.machine.journal), [life.model() for life in self.lives]
         if moment == self.checked:
             return
         DEEDS["checks"] += 1
         self.checked = moment
         assert self.machine.module.halted is None
-        check(self.machine, "alive")
+        self.watch.move_on()
+        self.watch.check("alive")
         for life in self.lives:
             if life.is_alive:
                 life.expect_model()
@@ -168,7 +174,7 @@ class Lives(RuleBasedStateMachine):
             assert step[0] != WAIT, step
             number += 1
             if number % 97 == 0:
-                check(self.machine, "always")
+                self.watch.check("always")
 
     # -- guests
 
@@ -384,7 +390,7 @@ class Lives(RuleBasedStateMachine):
         mark = self.machine.mark()
         status = self.machine.seamcall(OTHER_LP, leaf, given)
         DEEDS["raw call refused" if is_error(status) else "raw call done"] += 1
-        check(self.machine, "always")
+        self.watch.check("always")
         self.machine.rewind(mark)
         self.machine.journal.forget(mark)
 
@@ -423,7 +429,7 @@ class Lives(RuleBasedStateMachine):
                 assert len(schedule.history) < PATIENCE, schedule.labels
                 schedule.advance(choose.choice(schedule.ready))
                 if len(schedule.history) % 29 == 0:
-                    check(self.machine, "always")
+                    self.watch.check("always")
         finally:
             schedule.close()
 

@@ -140,8 +140,8 @@ def _judge(machine: BareMachine, scope: Scope, rows: list[PamtEntry] | None) -> 
 
 
 class Watch:
-    """Checks a machine again and again that is never far from the state in which this is made. The
-    PAMT is read as a whole once, and then only where something has changed since.
+    """Checks a machine again and again that is never far from the state in which this is made, or
+    moved on. The PAMT is read as a whole once, and then only where something has changed since.
     """
 
     def __init__(self, machine: BareMachine) -> None:
@@ -151,6 +151,10 @@ class Watch:
     def close(self) -> None:
         """Give up the mark at which this holds the machine's journal."""
         self._rows.close()
+
+    def move_on(self) -> None:
+        """Count changes from the present on: for a machine that will not be rewound behind it."""
+        self._rows.move_on()
 
     def check(self, scope: Scope) -> None:
         """As `invariants.check`."""

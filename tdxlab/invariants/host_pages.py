@@ -48,7 +48,7 @@ def pages_in_use_have_one_user(picture: Picture) -> Iterator[str]:
     out.update({hpa: use for hpa, (_, use) in pages.huge.items()})
     users: dict[int, tuple[str, VmPicture]] = {}
     for vm in picture.vms:
-        for hpa, use in (*vm.host_pages(), *vm.guest_pages()):
+        for hpa, use in (*vm.host_pages, *vm.guest_pages()):
             if hpa in users:
                 first, other = users[hpa]
                 yield f"the page {hpa:#x} has two users: {first}, {other}; {use}, {vm}"
@@ -72,7 +72,7 @@ def host_pages_are_not_the_modules(picture: Picture) -> Iterator[str]:
     """5: the module owns no page table of KVM, and nothing of a process's memory."""
     owned = {row.hpa: row for row in picture.rows if row.page_type != PT_NDA}
     for vm in picture.vms:
-        for hpa, use in vm.host_pages():
+        for hpa, use in vm.host_pages:
             if hpa in owned:
                 yield f"{name_of(owned[hpa])} belongs to the module; {vm} uses it: {use}"
 

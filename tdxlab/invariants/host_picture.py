@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 from tdxlab.arch import ENTRIES_PER_TABLE, PAGE_SHIFT
@@ -66,8 +67,8 @@ class Entry(NamedTuple):
 
 
 class VmPicture:
-    """One VM: its roots, and all entries in use below them, parents first. tdx: None if it is no
-    TD.
+    """One VM: its roots, and all entries in use below them, parents first; of these, the leaves map
+    a page, the links point at a table. tdx: None if it is no TD.
     """
 
     def __init__(self, vm: Vm) -> None:
@@ -75,6 +76,8 @@ class VmPicture:
         self.tdx: Tdx | None = vm.external if isinstance(vm.external, Tdx) else None
         self.roots: list[MmuPage] = [vm.sps[hpa] for hpa in vm.tdp_mmu_roots]
         self.entries: list[Entry] = []
+        self.leaves: list[Entry] = []
+        self.links: list[Entry] = []
         for root in self.roots:
             self._look(root.spt, root.level, 0, root.is_mirror)
         self.mirror = [entry for entry in self.entries if entry.is_mirror]
@@ -90,21 +93,14 @@ class VmPicture:
         for index, spte in filled(words, _UNUSED):
             entry = Entry(level, gfn | index << shift, spte, is_mirror)
             self.entries.append(entry)
-            if entry.is_link:
+            if entry.is_leaf:
+                self.leaves.append(entry)
+            elif entry.is_link:
+                self.links.append(entry)
                 self._look(entry.pfn << PAGE_SHIFT, level - 1, entry.gfn, is_mirror)
 
     def __str__(self) -> str:
         return self.vm.name
-
-    @property
-    def leaves(self) -> Iterator[Entry]:
-        """Entries that map a page."""
-        return (entry for entry in self.entries if entry.is_leaf)
-
-    @property
-    def links(self) -> Iterator[Entry]:
-        """Entries that point at a table."""
-        return (entry for entry in self.entries if entry.is_link)
 
     @property
     def living_td(self) -> Tdx | None:
@@ -118,7 +114,7 @@ class VmPicture:
         """(gfn, level) of each mirror entry with a table below it -> HPA of the table's page in the
         external EPT.
         """
-        links = (entry for entry in self.mirror if entry.is_link)
+        links = (link for link in self.links if link.is_mirror)
         return {(link.gfn, link.level): self._external_spt(link) for link in links}
 
     def _external_spt(self, link: Entry) -> int:
@@ -132,17 +128,19 @@ class VmPicture:
 
     # -- pages
 
-    def host_pages(self) -> Iterator[tuple[int, str]]:
+    @cached_property
+    def host_pages(self) -> list[tuple[int, str]]:
         """(HPA, use) of every page that KVM or the VM's process uses itself."""
         vm = self.vm
-        yield from ((spt, "page table") for spt in vm.sps)
+        found = [(spt, "page table") for spt in vm.sps]
         for vcpu in vm.vcpus:
             name = f"cache of {vcpu!r}"
-            yield from ((hpa, name) for hpa in (*vcpu.page_cache, *vcpu.external_spt_cache))
+            found += [(hpa, name) for hpa in (*vcpu.page_cache, *vcpu.external_spt_cache)]
             if isinstance(vcpu, TdxVcpu) and vcpu.pi_desc > 0:
-                yield vcpu.pi_desc, f"posted-interrupt descriptor of {vcpu!r}"
+                found.append((vcpu.pi_desc, f"posted-interrupt descriptor of {vcpu!r}"))
         if isinstance(vm.user_memory, ProcessMemory):
-            yield from ((hpa, "user memory") for hpa in vm.user_memory.owned())
+            found += [(hpa, "user memory") for hpa in vm.user_memory.owned()]
+        return found
 
     def guest_pages(self) -> Iterator[tuple[int, str]]:
         """(HPA, use) of every page that the VM keeps for its guest, or has given to the module."""

@@ -88,10 +88,9 @@ def tables_are_counted_right(picture: Picture) -> Iterator[str]:
     """8, KVM's share: leaves of each size and linked tables, in all roots of a VM."""
     for vm in picture.vms:
         leaves = Counter(entry.level for entry in vm.leaves)
-        links = list(vm.links)
         counted = {name: leaves[level] for level, name in enumerate(_LEAF_STATS, 1)}
-        counted["pt_pages"] = len(links)
-        counted["pt_pages_mirror"] = sum(link.is_mirror for link in links)
+        counted["pt_pages"] = len(vm.links)
+        counted["pt_pages_mirror"] = sum(link.is_mirror for link in vm.links)
         counted["nx_lpage_splits"] = len(vm.vm.possible_nx_huge_pages)
         kept = vm.vm.stats
         for name, number in counted.items():

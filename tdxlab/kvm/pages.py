@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
-from tdxlab.bits import MASK64
+from tdxlab.bits import MASK64, filled
 from tdxlab.hardware import Region
 from tdxlab.journal import Field, Fields, Journal, Journalled, Row, Table, Words
 
@@ -83,9 +83,8 @@ class HostPages(Journalled):
         """HPA -> use of every 4 KiB page that is out. It is put together at each call."""
         found = {}
         for offset, chunk in self.uses.touched():
-            for place, number in enumerate(memoryview(chunk).cast("H")):
-                if number:
-                    found[(offset // 2 + place) * PAGE_SIZE] = self._names[number]
+            for place, number in filled(memoryview(chunk).cast("H").tolist(), (0,)):
+                found[(offset // 2 + place) * PAGE_SIZE] = self._names[number]
         return found
 
     def use_of(self, hpa: int) -> str:

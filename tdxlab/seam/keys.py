@@ -42,8 +42,7 @@ class Keys:
 
     def flushed(self) -> tuple[int, ...]:
         """KeyIDs in state FLUSHED, ascending."""
-        view = self.states.view
-        return tuple(hkid for hkid in range(MAX_KEYIDS) if view[hkid] == HKID_FLUSHED)
+        return tuple(hkid for hkid, state, _ in self.in_use() if state == HKID_FLUSHED)
 
     def in_use(self) -> Iterator[tuple[int, int, int]]:
         """(KeyID, state, packages still to be written back as a bitmap) of each KeyID that is not
