@@ -10,7 +10,7 @@ Source: the RFC and its review, on the mailing list; in Linux 6.16 nothing of it
 Differs: its mail does not say what becomes of a PAE guest's root when the guest changes a PDPTE, or
 has two tables in one page. Here such a root is found by the four PDPTEs too that it was made for
 (`pdptes_in_key`), and no write to the guest's table concerns it. The mail asks the allocator for
-zeros and decrypts afterwards; zeros read as noise then, so here the page is cleared once more.
+zeros and decrypts afterwards; zeros read as noise then, so here the page is cleared at the end.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ class HeaderRoot:
         if hpa == NO_PAGE:
             return -ENOMEM
         vm.count("roots_allocated")
-        vm.fill_table(hpa, 0)
         if not vm.params.tdp_enabled and "decrypt" not in vm.params.forget:
             vm.set_memory_decrypted(hpa)
         vm.fill_table(hpa, 0)

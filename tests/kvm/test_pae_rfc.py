@@ -6,13 +6,14 @@ import pytest
 from shadow_scene import EXAMPLE, RWU, Scene, small_map
 
 from tdxlab.hardware import Region
+from tdxlab.kvm.pae_rfc import make_default_pdpte
 from tdxlab.kvm.pae_rules import complaints
 from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.shadow import kvm_mmu_zap_all_fast, zap_page
-from tdxlab.kvm.shadow_params import AMD, INTEL, REVIEWED, RFC, ShadowRole
+from tdxlab.kvm.shadow_params import AMD, INTEL, REVIEWED, RFC, ShadowParams, ShadowRole
 from tdxlab.kvm.shadow_roots import design_of, kvm_mmu_load, topup_caches
-from tdxlab.kvm.shadow_run import GUEST_FAULT, NO_MEMORY, OK, STUCK, destroy_vcpu, set_cr3
-from tdxlab.kvm.shadow_vm import NO_ROOT
+from tdxlab.kvm.shadow_run import GUEST_FAULT, NO_MEMORY, OK, STUCK, destroy_vcpu, set_cr3, start
+from tdxlab.kvm.shadow_vm import NO_ROOT, ShadowVm
 from tdxlab.steps import run
 
 DESIGNS = pytest.mark.parametrize("design", [RFC, REVIEWED])
@@ -205,3 +206,43 @@ def test_a_pae_guests_absent_pdpte_is_its_own_fault(design: str) -> None:
     scene = Scene(3, cr3=0x9020, design=design)
     scene.turn_on()
     assert scene.access(0).kind == GUEST_FAULT
+
+
+# -- pages that had another use before
+
+
+def test_make_default_pdpte_clears_its_directory() -> None:
+    vm = ShadowVm(ShadowParams(design=RFC), memory_map=small_map())
+    first = small_map().normal[0].base
+    vm.write(first + 8 * 5, 0x1234)
+    assert make_default_pdpte(vm) == 0
+    assert vm.default_pdpte == first | 1
+    assert set(vm.read_table(first)) == {0}
+
+
+def test_start_refuses_a_host_without_a_page_for_the_default_directory() -> None:
+    with pytest.raises(ValueError, match="0 are free below 4 GiB"):
+        start(ShadowParams(design=RFC), memory_map=small_map(low=0, normal=0))
+    assert start(ShadowParams(design=REVIEWED), memory_map=small_map(low=0, normal=0)).vcpus
+
+
+@pytest.mark.parametrize(("design", "stored"), [(RFC, 4), (REVIEWED, 0)])
+def test_topup_clears_its_page_and_counts_the_default_entries(design: str, stored: int) -> None:
+    scene = Scene(2, design=design, vendor=AMD, c_bit=45)
+    low = small_map().dma32[0].base
+    scene.vm.write(low + 8 * 300, 0x1234)
+    assert run(topup_caches(scene.vcpu)) == 0
+    assert scene.vcpu.pae_root_cache == low
+    table = [scene.vm.cpu_read(0, low + 8 * index) for index in range(512)]
+    assert table == [scene.vm.default_pdpte] * 4 + [0] * 508
+    assert scene.vm.counts["slots_stored"] == stored
+
+
+@DESIGNS
+def test_alloc_root_without_memory_behind_cr3_installs_the_dummy_root(design: str) -> None:
+    scene = Scene(2, design=design, cr3=0x7000_0000)
+    scene.turn_on()
+    assert scene.access(0x5000).kind == GUEST_FAULT
+    assert scene.vcpu.root.hpa == scene.vm.zero_page
+    assert len(scene.vm.sps) == 0
+    assert complaints(scene.vm) == []
