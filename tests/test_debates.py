@@ -40,7 +40,7 @@ COLUMNS = {
     "D2": "address gfn root private_write shared_write",
     "D3": "vm rule private_write shared_write",
     "D5": "vm key changes known unknown hooks tables rmp left",
-    "D7": "batch pages tracks ipis seamcalls blocked",
+    "D7": "batch pages tracks ipis seamcalls blocked retries steps",
     "D8": "order pages seamcalls per_page lost vm",
     "D9": "rule before_init init_refused after_init lost_before lost_after refused root_entries "
     "missed",
@@ -253,6 +253,17 @@ def test_batch_rows_count_a_track_for_each_batch(gpaw: int) -> None:
         assert row.tracks == row.pages // row.batch
         assert row.seamcalls == 3 * row.pages + row.tracks
         assert row.blocked == (row.batch if row.batch > 1 else 0)
+
+
+@EACH_GPAW
+def test_batch_rows_let_a_fault_on_a_blocked_page_repeat_until_its_batch_is_removed(
+    gpaw: int,
+) -> None:
+    rows = rows_of("D7", gpaw)
+    assert [row.retries > 0 for row in rows] == [row.batch > 1 for row in rows]
+    steps = [row.steps for row in rows]
+    assert steps == sorted(set(steps))
+    assert f"takes {steps[-1]} steps" in run_of("D7", gpaw).verdict
 
 
 @EACH_GPAW
