@@ -22,7 +22,7 @@ from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE, SIZE_2M, WORDS_PER_PAGE
 from tdxlab.crew import Actor
 from tdxlab.journal import Table
 from tdxlab.kvm.fault import kvm_mmu_page_fault
-from tdxlab.kvm.gmem import GuestMemfds
+from tdxlab.kvm.gmem import FALLOC_FL_KEEP_SIZE, GuestMemfds
 from tdxlab.kvm.injection import FailNth
 from tdxlab.kvm.page_fault import (
     PFERR_PRIVATE_ACCESS,
@@ -210,7 +210,8 @@ def _allocate(td: Td, gpa: int, size: int) -> None:
     """Let the guest_memfd have the pages, so that it does not matter who asks for one first."""
     files, (backing,) = td.vm.guest_memory, td.backings
     assert isinstance(files, GuestMemfds)
-    run(td.host.on_cpu(0, files.fallocate(backing.gmem, 0, gpa - backing.gpa, size)))
+    allocate = files.fallocate(backing.gmem, FALLOC_FL_KEEP_SIZE, gpa - backing.gpa, size)
+    assert run(td.host.on_cpu(0, allocate)) == 0
 
 
 def _map(td: Td, gpa: int) -> None:
