@@ -88,8 +88,7 @@ def run(
     when it is done, and of each event that begins, as an Op in lower-case letters.
     Refuses what is no policy, an unknown workload, another GPAW: ValueError.
     """
-    policy = own(policy)
-    workload = workloads.load(workload) if isinstance(workload, str) else workload
+    policy, workload = own(policy), _loaded(workload)
     bench: Bench
     if isinstance(policy, ZapPolicy):
         bench = ZapBench(policy, workload, gpaw, seed, watch)
@@ -113,7 +112,7 @@ def kernels_own(workload: Workload | str, *, gpaw: int = 48, seed: int = 1) -> d
     """Leaf -> calls that KVM's own code makes in a workload, without any policy: those of the zaps,
     and at the TD's end the write-back of its TDR. Arguments as for `run`.
     """
-    workload = workloads.load(workload) if isinstance(workload, str) else workload
+    workload = _loaded(workload)
     bench = Bench(workload, gpaw, seed)
     for event in workload.events:
         bench.play(event)
@@ -132,10 +131,10 @@ def leaderboard(
     """Run all policies in all workloads; who keeps the rules comes first, by cost. names: of
     workloads, None for all. progress: told (runs done, in all).
 
-    Refuses as `run`, no policies at all, and both kinds together: ValueError.
+    Refuses as `run`, no list or an empty one, and both kinds together: ValueError.
     """
-    if not policies:
-        raise ValueError("a leaderboard without policies; give one at least")
+    if not isinstance(policies, Sequence) or not policies:
+        raise ValueError(f"a leaderboard is of a list of policies, one at least; not {policies!r}")
     require_one_kind(isinstance(own(policy), ZapPolicy) for policy in policies)
     names = workloads.names() if names is None else list(names)
     results: list[list[AnyResult]] = [[] for _ in policies]
@@ -146,12 +145,26 @@ def leaderboard(
     return standings(results)
 
 
+def _loaded(workload: Workload | str) -> Workload:
+    """A workload, or the one of that name. Refuses what is none: ValueError."""
+    if isinstance(workload, str):
+        return workloads.load(workload)
+    workloads.require(workload)
+    return workload
+
+
 def own(policy: Given) -> AnyPolicy:
-    """A policy that nobody else uses. Refuses what is none: ValueError."""
-    if isinstance(policy, type) and issubclass(policy, AnyPolicy):
-        return policy()
-    if isinstance(policy, AnyPolicy):
-        return copy.deepcopy(policy)
+    """A policy that nobody else uses. Refuses what is none, or cannot be made or copied:
+    ValueError.
+    """
+    try:
+        if isinstance(policy, type) and issubclass(policy, AnyPolicy):
+            return policy()
+        if isinstance(policy, AnyPolicy):
+            return copy.deepcopy(policy)
+    except Exception as mistake:
+        what = f"{type(mistake).__name__}: {mistake}"
+        raise ValueError(f"{policy!r} cannot be made anew for a run: {what}") from None
     raise ValueError(
         f"{policy!r} is no policy; derive a class from ZapPolicy or from ConversionPolicy"
     )

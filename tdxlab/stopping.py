@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
@@ -68,12 +68,14 @@ class LineLimit:
 
     def run(self, function: Callable[..., object], *arguments: object) -> None:
         """Call a function that somebody wrote. Raises Stopped if it broke a rule on the way, ran
-        too many lines, or raised something.
+        too many lines, raised something, or has a `yield` in it and so did nothing.
         """
         self.start()
         try:
-            function(*arguments)
-        except Exception as mistake:
+            if isinstance(function(*arguments), Generator):
+                text = "it has a `yield` in it: calling it does nothing"
+                raise Stopped(Violation("policy", text))
+        except (Exception, SystemExit) as mistake:
             what = f"{type(mistake).__name__}: {mistake}"
             where = line_of(mistake, function)
             raise Stopped(Violation("policy", f"it raised {what}{where}")) from None

@@ -82,13 +82,30 @@ def from_json(raw: Mapping[str, Any]) -> Workload:
         workload = Workload(**{**raw, "events": events})
     except (KeyError, TypeError) as mistake:
         raise ValueError(f"this is no workload ({mistake}); data/README.md has the form") from None
+    require(workload)
+    return workload
+
+
+def require(workload: Workload) -> None:
+    """Refuse what is no workload, lacks whole numbers where they belong, or is out of range:
+    ValueError.
+    """
+    if not isinstance(workload, Workload):
+        raise ValueError(f"{workload!r} is no workload; give one of {', '.join(_DRAWN)}")
+    events = workload.events
+    numbers = [workload.vcpus, workload.reads_between_exits]
+    for event in events:
+        numbers += event[1:] if isinstance(event, Event) else ["no Event"]
+    if not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"{workload!r} has other things than whole numbers or Events in it")
     if not 1 <= workload.vcpus <= _MOST_VCPUS:
         raise ValueError(f"{workload.vcpus} vCPUs; choose 1..{_MOST_VCPUS}")
     if workload.reads_between_exits < 0:
         raise ValueError(f"{workload.reads_between_exits} reads between exits; choose 0 or more")
-    for event in workload.events:
+    for event in events:
         _require(event, workload.vcpus)
-    return workload
+    if any(event.do == END for event in events[:-1]):
+        raise ValueError("something happens after the end of the TD; let the end be the last event")
 
 
 def _require(event: Event, vcpus: int) -> None:

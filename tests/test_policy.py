@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -232,6 +233,27 @@ def test_an_exception_is_told_with_its_line() -> None:
     assert "has no `zap`; write one" in broken(ZapPolicy()).explanation
 
 
+def test_a_policy_that_leaves_python_or_yields_is_told_as_an_exception() -> None:
+    assert "it raised SystemExit: 3" in broken(lambda host, pages: sys.exit(3)).explanation
+
+    class Yields(ZapPolicy):
+        def zap(self, host: ZapHost, pages: Sequence[int]) -> Any:
+            yield host.track()
+
+    assert "it has a `yield` in it" in broken(Yields()).explanation
+
+
+def test_a_policy_that_cannot_be_made_or_copied_is_refused() -> None:
+    class Wants(KernelPolicy):
+        def __init__(self, size: int) -> None:
+            self.lock = threading.Lock()
+
+    with pytest.raises(ValueError, match=r"cannot be made anew for a run: TypeError: .*size"):
+        run(Wants, SMALL)
+    with pytest.raises(ValueError, match=r"kernel cannot be made anew .*pickle"):
+        run(Wants(1), SMALL)
+
+
 def test_a_policy_cannot_go_on_after_a_rule_is_broken() -> None:
     def zap(host: ZapHost, pages: Sequence[int]) -> None:
         try:
@@ -355,6 +377,10 @@ def test_what_cannot_be_run_is_refused_with_what_to_do() -> None:
         run(KernelPolicy, SMALL, gpaw=50)
     with pytest.raises(ValueError, match="one at least"):
         leaderboard([])
+    with pytest.raises(ValueError, match="a list of policies"):
+        leaderboard(KernelPolicy)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="7 is no workload"):
+        run(KernelPolicy, 7)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="choose 1 or more"):
         Batches(0)
 
@@ -388,6 +414,9 @@ def test_workload_files_are_what_the_tool_draws(name: str) -> None:
         ({"events": [{"do": "touch", "running": 4}]}, "choose 0..3"),
         ({"events": [{"do": "touch", "speed": 4}]}, "this is no workload"),
         ({"speed": 4}, "this is no workload"),
+        ({"vcpus": "4"}, "whole numbers"),
+        ({"events": [{"do": "touch", "gfn": 1.5}]}, "whole numbers"),
+        ({"events": [{"do": "end"}, {"do": "touch"}]}, "let the end be the last"),
     ],
 )
 def test_from_json_refuses_what_is_no_workload(change: dict[str, Any], words: str) -> None:
