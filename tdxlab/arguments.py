@@ -122,6 +122,11 @@ def _kinds(function: Callable[..., Any]) -> Kinds:
     )
 
 
+def one_line(text: str) -> str:
+    """`text` on one line: line breaks, and what cannot be printed, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _kind(hint: Any) -> Kind:
     """What an annotation takes."""
     choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

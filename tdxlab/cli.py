@@ -16,6 +16,7 @@ from string import hexdigits
 from typing import NoReturn
 
 from tdxlab import __version__
+from tdxlab.arguments import one_line
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -29,7 +30,8 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints take one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_MISTAKE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        said = one_line(f"{self.prog}: {message} (see {self.prog} --help)")
+        self.exit(EXIT_MISTAKE, f"{said}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _complain(message: str) -> int:
     """One line on stderr; returns the exit status of a mistake."""
-    print(f"tdxlab: {message}", file=sys.stderr)
+    print(one_line(f"tdxlab: {message}"), file=sys.stderr)
     return EXIT_MISTAKE
 
 

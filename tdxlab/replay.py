@@ -27,6 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from tdxlab.arguments import one_line
 from tdxlab.comparison import Difference
 from tdxlab.conformance import TraceRun
 from tdxlab.mmu_conformance.run import MmuTraceRun
@@ -243,7 +244,7 @@ def command(
     try:
         report = replay(paths, progress, _jobs(paths))
     except TraceError as error:
-        print(f"tdxlab replay: {error}", file=err)
+        print(one_line(f"tdxlab replay: {error}"), file=err)
         return 2
     if as_json:
         print(json.dumps(report.as_dict()), file=out)

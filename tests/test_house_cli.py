@@ -75,6 +75,30 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(arguments: list[str], word
     assert word in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["replay", "no\nsuch"],
+        ["measure", "no\nsuch"],
+        ["explore", "no\nsuch"],
+        ["demo", "--memory", "no\nsuch"],
+        ["no\nsuch"],
+        ["doctor", "--no\nsuch"],
+    ],
+)
+def test_a_line_break_in_an_argument_is_no_line_break_of_the_complaint(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = int(str(end.code))
+    printed = capsys.readouterr()
+    assert (status, printed.out) == (2, "")
+    assert printed.err.count("\n") == 1
+    assert "no\\nsuch" in printed.err
+
+
 def test_no_permission_to_write_is_one_line_and_status_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
