@@ -88,14 +88,12 @@ class PolicyPanel(Panel):
         return [self.policy, self.workload, self.run, self.event, self.clear]
 
     def views(self) -> dict[str, str]:
-        """Both trees, the memory behind them, and the leaderboard."""
+        """Both trees, for conversions the memory behind them, and the leaderboard."""
         pages = self.tape.pages()
-        return {
-            "What KVM keeps": mirror_svg(pages),
-            "What the module keeps": external_svg(pages),
-            "What the host has": memory_svg(pages),
-            "Leaderboard of this panel": board_html(list(self.board.values())),
-        }
+        found = {"What KVM keeps": mirror_svg(pages), "What the module keeps": external_svg(pages)}
+        if isinstance(self.tape.recording.result, ConversionResult):
+            found["What the host has"] = memory_svg(pages)
+        return found | {"Leaderboard of this panel": board_html(list(self.board.values()))}
 
     def summary(self) -> str:
         """Whose run this is, what came last, and how it ended."""
