@@ -311,7 +311,7 @@ def _noticed(gpaw: int, seed: int) -> Variant:
 
     question = (
         f'A bug: "{bug}". Who notices it in the styles {", ".join(names)}? Give a tuple of four '
-        f"texts: {', '.join(map(repr, OUTCOMES))}. (start is 0 and again is 1.)"
+        f"texts, each of {', '.join(map(repr, OUTCOMES))}. (start is 0 and again is 1.)"
     )
     return Variant(question, outcomes, hint)
 
