@@ -47,7 +47,7 @@ from tdxlab.arch import (
 )
 from tdxlab.caches import Caches
 from tdxlab.hardware import Region
-from tdxlab.journal import Journal, Row, Table, Words
+from tdxlab.journal import Index, Journal, Row, Table, Words
 from tdxlab.trace import Trace
 
 LINE_SIZE = 1 << LINE_SHIFT
@@ -135,8 +135,9 @@ class Memory:
         self._trace = trace
         pages = sum(region.size for region in self.ram) >> PAGE_SHIFT
         self.words = Words(journal, pages * WORDS_PER_PAGE, sparse=True)
+        self._index = Index(journal)
         #: HPA of a page -> index of the first word of its frame
-        self.frames = Table(journal)
+        self.frames: dict[int, int] = self._index.view
         pfns = max(region.end for region in self.ram) >> PAGE_SHIFT
         #: by pfn: the tag of all of the page's lines, but for those of pages in `_mixed`
         self.tags = Words(journal, pfns, typecode="H", sparse=True)
@@ -184,8 +185,8 @@ class Memory:
             base = self._cursor.view[0]
             self._cursor.put(0, base + WORDS_PER_PAGE)
             self.words.extent = max(self.words.extent, base + WORDS_PER_PAGE)
-            self.frames.put(page, base)
-        return int(base)
+            self._index.put(page, base)
+        return base
 
     def write_page(self, hpa: int, content: bytes, keyid: int) -> None:
         """Overwrite the page at `hpa` with 4096 bytes under `keyid`: 64 whole-line stores."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from tdxlab.journal import ABSENT, Change, Journal, Mark, Row, Words
+from tdxlab.journal import ABSENT, Change, Index, Journal, Mark, Row, Words
 
 #: Bytes of words that count as one place.
 CHUNK = 256
@@ -50,7 +50,7 @@ def _places_of(part: Part) -> Iterator[Place]:
     """The places that lie within a part: of words, those that it fills."""
     store, key, length = part
     if not isinstance(store, Words):
-        yield id(vars(store)) if not isinstance(store, dict | Row) else _only(store), key
+        yield id(vars(store)) if not isinstance(store, dict | Row | Index) else _only(store), key
         return
     assert isinstance(key, int)
     first, end = key * store.itemsize, (key + length) * store.itemsize
@@ -71,7 +71,7 @@ def containers_of(thing: object) -> frozenset[int]:
         return frozenset((id(thing.view.obj),))
     if isinstance(thing, dict):
         return frozenset((id(thing),))
-    if isinstance(thing, Row):
+    if isinstance(thing, Row | Index):
         return frozenset((id(thing.view),))
     own = vars(thing)
     stores = (value for value in own.values() if isinstance(value, Words | Row))

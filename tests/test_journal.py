@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tdxlab.journal import Field, Fields, Journal, Journalled, Mark, Row, Table, Words
+from tdxlab.journal import Field, Fields, Index, Journal, Journalled, Mark, Row, Table, Words
 from tdxlab.snapshots import Snapshots
 
 
@@ -296,6 +296,24 @@ def test_row_is_taken_back_by_a_rewind_and_counts_for_the_digest():
     journal.release(mark)
     row.put(1, 1)
     assert (row.view, len(journal)) == ([7, 1, 0], 0)
+
+
+def test_index_is_taken_back_by_a_rewind_and_has_a_tables_digest() -> None:
+    journal, other = Journal(), Journal()
+    index, table = Index(journal), Table(other)
+    index.put(1, 10)
+    table.put(1, 10)
+    mark = journal.mark()
+    index.put(1, 11)
+    index.put(2, 20)
+    assert (index.view, len(journal)) == ({1: 11, 2: 20}, 2)
+    assert journal.digest() != other.digest()
+    journal.rewind(mark)
+    assert index.view == {1: 10}
+    assert journal.digest() == other.digest()
+    journal.release(mark)
+    index.put(3, 30)
+    assert (index.view, len(journal)) == ({1: 10, 3: 30}, 0)
 
 
 def test_digest_of_words_does_not_depend_on_how_far_their_extent_has_grown():

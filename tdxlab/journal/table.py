@@ -1,4 +1,6 @@
-"""A store of values by key, and how any stored value looks to a digest."""
+"""Stores of values by key, `Table` and the faster `Index`, and how any stored value looks to a
+digest.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,42 @@ class Table(dict[Any, Any]):
 
     def pieces(self) -> Iterator[bytes]:
         """Everything a digest must see; order of insertion does not count."""
-        for line in sorted(f"{key!r}={text_of(value)}" for key, value in self.items()):
-            yield line.encode()
+        return _pieces(self)
+
+
+class Index:
+    """A `Table` that grows only, for what is looked up at every step of a walk.
+
+    Read through `view`, a plain dict: Python looks into one twice as fast as into any dict of a
+    class of its own. Write through `put`.
+    """
+
+    __slots__ = ("_log", "put", "view")
+
+    put: Callable[[Hashable, Any], None]
+
+    def __init__(self, journal: Journal) -> None:
+        self.view: dict[Any, Any] = {}
+        journal.attach(self)
+
+    def switch(self, log: list[Change] | None) -> None:
+        """Record every change in `log`, or in nothing."""
+        self._log = log
+        self.put = self.view.__setitem__ if log is None else self._put_recorded
+
+    def _put_recorded(self, key: Hashable, value: Any) -> None:
+        assert self._log is not None
+        self._log.append((self.view, key, self.view.get(key, ABSENT)))
+        self.view[key] = value
+
+    def pieces(self) -> Iterator[bytes]:
+        """Everything a digest must see, as of a `Table`."""
+        return _pieces(self.view)
+
+
+def _pieces(entries: dict[Any, Any]) -> Iterator[bytes]:
+    for line in sorted(f"{key!r}={text_of(value)}" for key, value in entries.items()):
+        yield line.encode()
 
 
 def text_of(value: Any) -> str:
