@@ -78,10 +78,10 @@ _TDCX_PA = Tdr.TDCX_PA
 _OP_STATE, _OP_STATE_LOCK = Tdcs.OP_STATE, Tdcs.OP_STATE_LOCK
 _EPTP, _GPAW, _SEPT_LOCK = Tdcs.EPTP, Tdcs.GPAW, Tdcs.SEPT_LOCK
 
-#: By level: the bits of a GPA below its frame.
-_BELOW = tuple((1 << 12 + 9 * sept_level) - 1 for sept_level in range(_LEVEL_MASK + 1))
-#: Bits of a GPA operand that hold neither level nor address.
-_PAGE_INFO_RESERVED = MASK64 & ~(HPA_MASK | _LEVEL_MASK)
+#: By level: bits that no GPA of an operand has: reserved ones, and those below its frame.
+_NO_GPA = tuple(MASK64 & ~(HPA_MASK & -1 << 12 + 9 * level) for level in range(_LEVEL_MASK + 1))
+#: Either lock bit of an S-EPT entry.
+_HELD_OR_WANTED = LOCKED | HOST_PRIORITY
 
 
 # -- TDs and vCPUs
@@ -166,10 +166,8 @@ def page_info(operand: int, lowest: int, highest: int) -> tuple[int, int]:
     helpers.c, verify_page_info_input.
     """
     sept_level = operand & _LEVEL_MASK
-    if operand & _PAGE_INFO_RESERVED or not lowest <= sept_level <= highest:
-        raise Refused(INVALID_RCX)
-    gpa = operand & HPA_MASK
-    if gpa & _BELOW[sept_level]:
+    gpa = operand - sept_level
+    if gpa & _NO_GPA[sept_level] or not lowest <= sept_level <= highest:
         raise Refused(INVALID_RCX)
     return gpa, sept_level
 
@@ -228,8 +226,8 @@ def lock_septe(call: Call, place: sept.Place) -> sept.Place:
     """Take the entry's own lock; returns the entry without its lock bits. Refuses, with RCX and
     details: OPERAND_BUSY.
     """
-    word, _, septe = place
-    if septe & (LOCKED | HOST_PRIORITY):
+    word, septe = place.word, place.septe
+    if septe & _HELD_OR_WANTED:
         if not try_lock_septe(call, word):
             refuse_entry(TDX_OPERAND_BUSY + OPERAND_ID_RCX, place)
         return place._replace(septe=septe & ~HOST_PRIORITY)
@@ -297,7 +295,8 @@ def begin_mem(
     Source: helpers.c, lock_sept_check_and_walk_internal; the bodies of the leaves.
     """
     registers, memory = call.registers, call.module.memory
-    operand, tdr = registers.rcx, registers.rdx & ~flags
+    operand, tdr = registers.rcx, registers.rdx
+    tdr -= tdr & flags
     registers.rcx = registers.rdx = 0
     lock_page(call, tdr, OPERAND_ID_RDX, PT_TDR)  # as lock_tdr, called less deeply
     td = Td(memory, tdr)
@@ -305,7 +304,7 @@ def begin_mem(
     view = memory.words.view
     eptp = view[td.tdcs + _EPTP]
     gpa, sept_level = page_info(operand, lowest, eptp >> 3 & 7 if highest is None else highest)
-    if gpa >> (51 if view[td.tdcs + _GPAW] else 47):  # as is_private_gpa, called less deeply
+    if gpa >> 47 and not is_private_gpa(gpa, view[td.tdcs + _GPAW]):
         raise Refused(INVALID_RCX)
     lock_sept_tree(call, td, exclusive)
     place = sept.walk(memory, eptp, gpa, sept_level)

@@ -12,6 +12,7 @@ Source: TDX module 1.5.01, tdx_locks.h (acquire_sharex_lock_hp_shared and its re
 
 from __future__ import annotations
 
+from tdxlab.bits import MASK64
 from tdxlab.journal import Words
 
 EXCLUSIVE = 1
@@ -20,6 +21,8 @@ LOCK_MASK = 0xFFFF
 
 HP_READER = 4
 CONTENDED = EXCLUSIVE | HOST_PRIORITY
+#: What the owner leaves of a word: no count, no owner, but a wish of the host's.
+_NOT_OWNED = MASK64 & ~(LOCK_MASK & ~HOST_PRIORITY)
 #: A parent in a PAMT: contended, or of another page type than PT_NDA (bits 23:16).
 PARENT_IN_THE_WAY = CONTENDED | 0xFF << 16
 _PLAIN_READER = 2
@@ -79,7 +82,7 @@ def release_path_exclusive_hp(words: Words, path: Path) -> None:
     entry_1g, entry_2m, entry = path
     cells[entry_1g] = view[entry_1g] - HP_READER
     cells[entry_2m] = view[entry_2m] - HP_READER
-    cells[entry] = view[entry] & ~(LOCK_MASK & ~HOST_PRIORITY)
+    cells[entry] = view[entry] & _NOT_OWNED
 
 
 def release_shared_hp(words: Words, index: int) -> None:
@@ -89,7 +92,7 @@ def release_shared_hp(words: Words, index: int) -> None:
 
 def release_exclusive_hp(words: Words, index: int) -> None:
     """Stop being the owner; only the host-priority bit survives, stray counts do not."""
-    words.cells[index] = words.view[index] & ~(LOCK_MASK & ~HOST_PRIORITY)
+    words.cells[index] = words.view[index] & _NOT_OWNED
 
 
 def guest_try_shared_hp(words: Words, index: int) -> bool:

@@ -60,6 +60,9 @@ _WRITE_BACK = 6 << Septe.memory_type.low
 FREE_ENTRY = SUPPRESS_VE | FREE_BITS
 FREE_PAGE = FREE_ENTRY.to_bytes(8, "little") * WORDS_PER_PAGE
 
+#: An entry that links a table, without the table's address.
+_LINK = SUPPRESS_VE | NL_MAPPED_BITS | EPT_RWX
+
 #: A PENDING leaf without its address.
 PENDING_LEAF = SUPPRESS_VE | PENDING_BITS | _WRITE_BACK
 
@@ -87,6 +90,10 @@ class Place(NamedTuple):
     septe: int
 
 
+#: `Place` of a tuple, without a look at its names.
+_new_place = tuple.__new__
+
+
 def make_leaf(state_bits: int, hpa: int) -> int:
     """A leaf in the state whose bits are given; only MAPPED lets the guest in."""
     permissions = EPT_RWX if state_bits == MAPPED_BITS else 0
@@ -95,7 +102,7 @@ def make_leaf(state_bits: int, hpa: int) -> int:
 
 def make_non_leaf(hpa: int) -> int:
     """An entry that links the S-EPT page at `hpa`."""
-    return SUPPRESS_VE | NL_MAPPED_BITS | EPT_RWX | hpa
+    return _LINK | hpa
 
 
 def remake(place: Place, state_bits: int) -> int:
@@ -145,11 +152,16 @@ def walk(memory: Memory, eptp: int, gpa: int, sept_level: int) -> Place:
     level = eptp >> 3 & 7
     word = frames[eptp & HPA_MASK] + (gpa >> _SHIFT[level] & 511)
     septe = view[word]
-    while level != sept_level and 0 < septe & _LEAF_OR_RWX < LEAF:
+    while level != sept_level:
+        table = frames.get(septe ^ _LINK)  # what _LINK leaves of a link that nobody holds: its HPA
+        if table is None:
+            if not 0 < septe & _LEAF_OR_RWX < LEAF:
+                break
+            table = frames[septe & HPA_MASK]
         level -= 1
-        word = frames[septe & HPA_MASK] + (gpa >> _SHIFT[level] & 511)
+        word = table + (gpa >> _SHIFT[level] & 511)
         septe = view[word]
-    return tuple.__new__(Place, (word, level, septe))  # Place(...), called less deeply
+    return _new_place(Place, (word, level, septe))  # Place(...), called less deeply
 
 
 def entries(memory: Memory, eptp: int) -> Iterator[tuple[int, int, int, int]]:

@@ -17,11 +17,25 @@ from leafbench import (
 
 from tdxlab.abi import leaves as abi
 from tdxlab.abi import status as s
+from tdxlab.seam import sept
 from tdxlab.seam.td import Tdcs
 
 GPA = 0x4000_0000
 NULL = (1 << 64) - 1
 INCORRECT = s.TDX_EPT_ENTRY_STATE_INCORRECT + 1
+
+
+@pytest.mark.parametrize("taken", [1 << 11, 1 << 52, 1 << 11 | 1 << 52])
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_walk_goes_through_a_link_whose_lock_is_held_or_wanted(
+    bench: Bench, level: int, taken: int
+) -> None:
+    td = bench.td()
+    td.map_tables(GPA)
+    index, _ = td.locate(GPA, level)
+    bench.words.put(index, td.read(index) | taken)
+    memory, eptp = bench.machine.memory, td.read(td.tdcs_word(Tdcs.EPTP))
+    assert sept.walk(memory, eptp, GPA, 0) == (td.locate(GPA)[0], 0, RAW["FREE"])
 
 
 @pytest.mark.parametrize("gpaw", [48, 52])

@@ -95,7 +95,7 @@ def tdh_mem_page_aug(call: Call) -> Operation:
     module, hpa, tdr = call.module, call.registers.r8, call.registers.rdx
     td, gpa, place = begin_mem(call, 0, 1)
     require_sept_state(call, place)
-    word, sept_level, _ = place
+    word, sept_level = place.word, place.sept_level
     if sept_level == 0:
         entry = lock_page(call, hpa, OPERAND_ID_R8, PT_NDA, True)
     else:
