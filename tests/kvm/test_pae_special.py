@@ -25,7 +25,7 @@ from tdxlab.kvm.shadow_run import (
     destroy_vcpu,
     start,
 )
-from tdxlab.kvm.shadow_vm import FREE_OBSOLETE_ROOTS, NO_ROOT
+from tdxlab.kvm.shadow_vm import FREE_OBSOLETE_ROOTS, NO_ROOT, ShadowVm
 from tdxlab.kvm.vm import INVALID_PAGE
 from tdxlab.steps import run
 
@@ -240,3 +240,52 @@ def test_load_without_memory_fails_cleanly_and_loses_nothing() -> None:
             assert hpa in scene.vcpu.page_cache
     run(destroy_vcpu(scene.vcpu))
     assert scene.vm.pages.free == 5
+
+
+# -- pages that had another use before, and what is counted
+
+
+def test_create_empties_the_four_slots_of_a_page_that_held_something() -> None:
+    vm = ShadowVm(memory_map=small_map())
+    low = small_map().dma32[0].base
+    for index in range(5):
+        vm.write(low + 8 * index, 0x1234)
+    assert SpecialRoot().create(vm.vcpus[0]) == 0
+    assert SpecialRoot().slots(vm.vcpus[0]) == (0,) * 4
+    assert vm.read(low + 32) == 0x1234
+    assert vm.counts["roots_allocated"] == 1
+
+
+def test_topup_clears_the_special_pages_of_a_nested_guest_and_counts_them_once() -> None:
+    scene = Scene(2, vendor=AMD, use=NESTED, tdp_level=5)
+    vm, vcpu = scene.vm, scene.vcpu
+    assert SpecialRoot().slots(vcpu) == ()
+    first = small_map().normal[0].base
+    for number in range(3):
+        vm.write(first + (number << 12) + 8 * 100, 0x1234)
+    assert run(SpecialRoot().topup(vcpu)) == 0
+    assert run(SpecialRoot().topup(vcpu)) == 0
+    tables = (vcpu.pae_root, vcpu.pml4_root, vcpu.pml5_root)
+    assert tables == tuple(first + (number << 12) for number in range(3))
+    assert {entry for hpa in tables for entry in vm.read_table(hpa)} == {0}
+    assert vm.counts["roots_allocated"] == 1
+
+
+def test_slots_are_counted_when_they_are_stored() -> None:
+    scene = Scene(2)
+    scene.turn_on()
+    before = scene.vm.counts["slots_stored"]
+    assert run(kvm_mmu_load(scene.vcpu)) == 0
+    assert scene.vm.counts["slots_stored"] == before + 4
+    run(kvm_mmu_free_roots(scene.vcpu))
+    assert scene.vm.counts["slots_stored"] == before + 4 + 8
+
+
+@pytest.mark.parametrize("params", [{}, {"vendor": AMD, "use": NESTED, "tdp_level": 5}])
+def test_destroy_vcpu_forgets_its_pages(params: dict[str, object]) -> None:
+    scene = loaded(**params)
+    run(destroy_vcpu(scene.vcpu))
+    vcpu = scene.vcpu
+    assert {vcpu.pae_root, vcpu.pml4_root, vcpu.pml5_root, vcpu.pae_root_cache} == {NO_PAGE}
+    run(destroy_vcpu(vcpu))
+    assert len(scene.vm.pages.in_use) == len(scene.vm.sps)
