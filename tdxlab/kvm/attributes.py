@@ -38,7 +38,7 @@ class MemAttributes(Journalled):
         chunk = gfn >> _SHIFT
         bitmap = self._mixed.get(chunk)
         if bitmap is None:
-            return bool(bisect_right(self._toggles, chunk) & 1)
+            return bisect_right(self._toggles, chunk) & 1 == 1
         return bool(bitmap >> (gfn & _GFNS - 1) & 1)
 
     def get(self, gfn: int) -> int:

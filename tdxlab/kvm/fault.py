@@ -126,7 +126,8 @@ def kvm_mmu_do_page_fault(
 
 def _make_fault(vm: Vm, gpa: int, error_code: int, prefetch: bool) -> PageFault:
     """The fault, its gfn without the shared bit, and the memslot that holds the gfn."""
-    gfn = gpa >> PAGE_SHIFT & ~vm.gfn_direct_bits
+    gfn = gpa >> PAGE_SHIFT
+    gfn -= gfn & vm.gfn_direct_bits
     fault = PageFault(gpa, error_code, prefetch, gfn, vm.slots.find(gfn))
     if vm.params.nx_huge_pages:
         fault.nx_huge_page_workaround_enabled = True

@@ -74,7 +74,8 @@ class Folios:
         base = self._chunks.get((gmem, index >> _CHUNK_SHIFT))
         if base is None:
             base = self._add_chunk(gmem, index >> _CHUNK_SHIFT)
-        return int(base + (index & _LAST))
+        word: int = base + (index & _LAST)
+        return word
 
     def put(self, gmem: int, index: int, word: int) -> None:
         """Set the word of page `index` of a file; 0 takes the page out of it."""

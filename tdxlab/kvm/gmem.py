@@ -158,16 +158,17 @@ class GuestMemfds(Journalled):
         word = words.view[place] or self._new_folio()
         if word < 0 or word & POISONED:
             return word if word < 0 else -EHWPOISON
+        hpa = word & FOLIO_HPA
         if not word & PREPARED:
-            self.vm.memory.write_page(word & FOLIO_HPA, ZERO_PAGE, 0)
+            self.vm.memory.write_page(hpa, ZERO_PAGE, 0)
             if self.arch is not None:
                 words.cells[place] = word
                 (found,) = self._ranges(gmem, index, index + 1)
-                error = self.arch.prepare(found.start, (word & FOLIO_HPA) >> PAGE_SHIFT)
+                error = self.arch.prepare(found.start, hpa >> PAGE_SHIFT)
                 if error:
                     return error
             words.cells[place] = word | PREPARED
-        return (word & FOLIO_HPA) >> PAGE_SHIFT
+        return hpa >> PAGE_SHIFT
 
     def get_page(self, pfn: int) -> None:
         """Hold a reference to a page: it is not freed before `put_page`."""

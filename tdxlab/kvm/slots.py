@@ -222,12 +222,12 @@ class MemSlots(Journalled):
 
     def find(self, gfn: int, as_id: int = 0) -> Slot | None:
         """The slot that holds `gfn`, or None. Source: kvm_host.h, __gfn_to_memslot."""
-        slots, bases, _ = self._sets[as_id]
-        place = bisect_right(bases, gfn) - 1
-        if place < 0:
+        present: SlotSet = self._sets[as_id]
+        place = bisect_right(present.bases, gfn)
+        if not place:
             return None
-        slot: Slot = slots[place]
-        return slot if gfn - bases[place] < slot.npages else None
+        slot = present.slots[place - 1]
+        return slot if gfn - slot.base_gfn < slot.npages else None
 
     def all(self, as_id: int = 0) -> tuple[Slot, ...]:
         """All slots of an address space by ascending gfn."""

@@ -278,14 +278,14 @@ def make_spte(
     Source: spte.c, make_spte. Differs: dirty logging of the gfn is the caller's; nothing here
     shadows guest tables, so no gfn is write-protected for that (the result "wrprot" is never true).
     """
-    spte = memory_type(vm, pfn) | pfn << PAGE_SHIFT
+    spte = memory_type(vm, pfn)
     if not prefetch:
         spte |= ACCESSED_MASK
     if role & 0xF > 1:
         spte |= PT_PAGE_SIZE_MASK
         if vm.params.nx_huge_pages:
             access &= ~ACC_EXEC_MASK
-    spte |= vm.masks.leaf[access]
+    spte |= vm.masks.leaf[access] | pfn << PAGE_SHIFT
     if role & AD_DISABLED:
         spte |= SPTE_TDP_AD_DISABLED
     elif role & GUEST_MODE and vm.config.dirty_log_size:

@@ -49,12 +49,15 @@ from tdxlab.kvm.tdp_set import (
 )
 from tdxlab.kvm.vm import MmuPage, Vcpu, Vm
 
+#: What a role says besides the level.
+_NOT_LEVEL = ~LEVEL_MASK
+
 
 def alloc_child_sp(vcpu: Vcpu, it: TdpIter) -> MmuPage:
     """A new table for below the entry at `it`, from the vCPU's caches; with an external page in a
     mirror. Source: tdp_mmu_alloc_sp, tdp_mmu_init_child_sp, kvm_mmu_alloc_external_spt.
     """
-    role = child_role(it.root.role & ~LEVEL_MASK | it.level)
+    role = child_role(it.root.role & _NOT_LEVEL | it.level)
     external_spt = caches.take_external_page(vcpu) if it.is_mirror else NO_PAGE
     sp = MmuPage(caches.take_table_page(vcpu), role, it.gfn, external_spt, it.word)
     vcpu.vm.init_table(sp)
@@ -90,6 +93,8 @@ def kvm_tdp_mmu_map(vcpu: Vcpu, fault: PageFault) -> Doing:
             new_spte = (_wanted_leaf if is_present else _make_leaf)(vm, fault, it)
             if new_spte != spte and (yield from tdp_mmu_set_spte_atomic(vm, it, new_spte)):
                 break
+            if not is_present and fault.slot is not None:
+                return RET_PF_FIXED
             return _leaf_installed(vcpu, fault, it, spte, new_spte)
         if spte & SPTE_MMU_PRESENT_MASK and not spte & PT_PAGE_SIZE_MASK:
             continue
@@ -152,7 +157,7 @@ def _make_leaf(vm: Vm, fault: PageFault, it: TdpIter) -> int:
     """The leaf that answers the fault; a writable one marks its page dirty, if that is logged."""
     if fault.slot is None:
         return make_mmio_spte(vm, it.gfn, vm.slots.generation)
-    role = it.root.role & ~LEVEL_MASK | it.level
+    role = it.root.role & _NOT_LEVEL | it.level
     spte = make_spte(vm, role, ACC_ALL, fault.pfn, fault.prefetch, fault.map_writable)
     if fault.slot.flags & KVM_MEM_LOG_DIRTY_PAGES and spte & PT_WRITABLE_MASK:
         mark_page_dirty_in_slot(vm, fault.slot, it.gfn)
