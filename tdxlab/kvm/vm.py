@@ -301,7 +301,8 @@ class Vm(Journalled):
     def flush_remote_tlbs(self) -> None:
         """Every vCPU flushes its TLB before it enters the guest again.
 
-        Source: kvm_main.c, kvm_flush_remote_tlbs.
+        Source: kvm_main.c, kvm_flush_remote_tlbs. Differs: remote_tlb_flush counts all, in Linux
+        those for which a vCPU was interrupted.
         """
         self.emit("kvm_flush_remote_tlbs")
         self.add_stat("remote_tlb_flush_requests", 1)
