@@ -8,7 +8,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from tdxlab.study import slot_costs
-from tdxlab.study.slot_costs import contiguous, crossover, delay, pages, root_entries
+from tdxlab.study.slot_costs import (
+    contiguous,
+    crossover,
+    delay,
+    pages,
+    root_entries,
+    walked_in,
+)
 from tdxlab.study.slot_formulas import (
     USED,
     case_rows,
@@ -251,6 +258,24 @@ def test_private_rows_and_repeat_rows_are_multiples_of_the_pages() -> None:
     assert ways["B at 1G"] == (3, 1, 2)
     last = repeat_rows(times=7)[-1]
     assert (last.f_faults, last.t_faults) == (7 * pages("512 GiB"), 7 * n)
+
+
+@pytest.mark.parametrize(("policy", "faults"), [("F", 16 + 32), ("T", 16)])
+def test_a_slot_that_comes_and_goes_costs_the_same_each_time(
+    lab: SlotLab, policy: str, faults: int
+) -> None:
+    """As `repeat_rows` takes it to be."""
+    lab.use(DEFAULT, REST, 32)
+    lab.use(DEFAULT, SLOT, 16)
+    gfns = [*range(32), *range(1 << 18, (1 << 18) + 16)]
+    every = slot_costs.zap_all(slot_costs.mapped(gfns)).walked
+    walked = every if policy == "F" else walked_in(1 << 18, (1 << 18) + 512, gfns)
+    for _ in range(3):
+        gone = lab.delete(DEFAULT, policy=policy).bill
+        assert gone.read_lock + gone.write_lock == walked
+        lab.create(DEFAULT)
+        used = [lab.use(DEFAULT, REST, 32).bill, lab.use(DEFAULT, SLOT, 16).bill]
+        assert sum(bill.faults for bill in used) == faults
 
 
 def test_root_entries_end_where_the_host_ends() -> None:
