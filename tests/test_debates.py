@@ -27,7 +27,7 @@ from tdxlab.study import (
     debates_zaps,
 )
 from tdxlab.study.debate_tools import substituted
-from tdxlab.study.debates import DEBATES, Experiment, debate, debate_rows, verdict_rows
+from tdxlab.study.debates import DEBATES, Experiment, debate, debate_rows, verdicts
 from tdxlab.study.debates_plots import plot_rounds
 from tdxlab.study.debates_positions import POSITIONS, Position
 
@@ -153,9 +153,16 @@ def test_debates_leave_linux_as_it_was() -> None:
     assert [dict(vars(owner)) for owner in owners] == before
 
 
-def test_verdict_rows_say_what_each_debate_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verdicts_say_what_each_debate_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debates, "debate", run_of)
-    assert [row.verdict for row in verdict_rows()] == [run_of(name).verdict for name in DEBATES]
+    found = verdicts()
+    assert [row.verdict for row in found.rows] == [run_of(name).verdict for name in DEBATES]
+    text = " ".join(repr(found).split())
+    html = found._repr_html_()
+    for name in DEBATES:
+        assert f"{name}, {DEBATES[name].title}: {run_of(name).verdict}" in text
+        assert f"<p><b>{name}: " in html
+    assert max(map(len, repr(found).splitlines())) <= 96
 
 
 def test_plot_rounds_draws_a_bar_for_each_protocol_and_number_of_vcpus() -> None:

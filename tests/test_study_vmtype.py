@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 
 from tdxlab.kvm import vm_types
 from tdxlab.kvm.rmp import SnpGmem
-from tdxlab.study import vmtype_tables
 from tdxlab.study.vmtype_lab import DEEDS, NAMES, TypeLab, words_of
 from tdxlab.study.vmtype_tables import (
     DeedRow,
@@ -75,15 +74,20 @@ def trials() -> dict[tuple[str, str], TrialRow]:
 
 def test_flag_rows_tell_what_a_new_vm_has() -> None:
     rows = {row.vm: row for row in flag_rows()}
-    assert [row.address_spaces for row in rows.values()] == [2, 1, 2, 2, 1, 1, 2]
+    assert [row.spaces for row in rows.values()] == [2, 1, 2, 2, 1, 1, 2]
     assert [row.pre_fault_allowed for row in rows.values()] == [True] * 4 + [False] * 2 + [True]
-    assert rows["SNP"].offered_if == "snp"
+    assert [row.no for row in rows.values()] == [0, 1, 2, 3, 4, 5, 0]
     assert not rows["DEFAULT, old SEV-ES"].has_protected_state
 
 
 def test_offer_rows_have_a_bit_for_each_name() -> None:
     for row in offer_rows():
         assert row.bitmap.count("1") == len(row.types.split(", "))
+    types = {row.host: row.types for row in offer_rows()}
+    assert types["with the build option for tests"] == "DEFAULT, SW_PROTECTED"
+    assert types["the same without the TDP MMU"] == "DEFAULT"
+    assert types["AMD with all of it"] == "DEFAULT, SEV, SEV_ES, SNP"
+    assert types["Intel with the TDX module up"] == "DEFAULT, TDX"
 
 
 # -- the matrix
@@ -327,8 +331,3 @@ def test_plots_draw_the_numbers_of_their_tables(rows: list[DeedRow]) -> None:
     plot_wrong(wrong, ax)
     assert [patch.get_width() for patch in ax.patches] == [0, 0, 1, 1, 2, 1]
     assert "F flags" in ax.get_xlabel()
-
-
-def test_offered_if_refuses_a_number_that_is_no_type() -> None:
-    with pytest.raises(ValueError, match="no host offers VM type 6"):
-        vmtype_tables.offered_if(6)

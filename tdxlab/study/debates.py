@@ -118,10 +118,24 @@ class VerdictRow(NamedTuple):
     verdict: str
 
 
-def verdict_rows(gpaw: int = 48) -> list[VerdictRow]:
-    """Every debate, run."""
+class Verdicts(Table):
+    """Rows of `VerdictRow`, shown as a paragraph each."""
+
+    def __repr__(self) -> str:
+        texts = (f"{row.debate}, {row.title}: {row.verdict}" for row in self.rows)
+        return "\n\n".join(_filled(text, "  ") for text in texts)
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            f"<p><b>{escape(row.debate)}: {escape(row.title)}.</b> {escape(row.verdict)}</p>"
+            for row in self.rows
+        )
+
+
+def verdicts(gpaw: int = 48) -> Verdicts:
+    """Every debate, run. Refuses as `debate`."""
     found = [debate(name, gpaw) for name in DEBATES]
-    return [VerdictRow(one.name, one.title, one.verdict) for one in found]
+    return Verdicts(VerdictRow(one.name, one.title, one.verdict) for one in found)
 
 
 #: Name -> debate, in the order of the list that the reviews make.

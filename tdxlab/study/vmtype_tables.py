@@ -31,18 +31,15 @@ from tdxlab.study.zap_matrix import PAGES
 
 
 class FlagRow(NamedTuple):
-    """The flags of one type. address_spaces: for memslots. shared_bit: of GPAs. offered_if: what
-    the host must have for it.
-    """
+    """The flags of one type. no: its number. spaces: address spaces for memslots."""
 
     vm: str
-    number: int
+    no: int
     has_private_mem: bool
     has_protected_state: bool
     pre_fault_allowed: bool
     has_mirrored_tdp: bool
-    address_spaces: int
-    offered_if: str
+    spaces: int
 
 
 class OfferRow(NamedTuple):
@@ -122,8 +119,6 @@ class ShortRow(NamedTuple):
 
 KIND_NAMES = {True: "private", False: "shared"}
 
-_OFFERS = ("sw_protected", "sev", "sev_es", "snp", "tdx")
-
 
 def flag_rows(gpaw: int = 48) -> list[FlagRow]:
     """A row for each type, read from a VM that was just created; and the old way to start SEV-ES,
@@ -134,20 +129,9 @@ def flag_rows(gpaw: int = 48) -> list[FlagRow]:
         lab = TypeLab(name, gpaw=gpaw, launched=False)
         vm = lab.gate.vm
         flags = vm.features._replace(pre_fault_allowed=vm.pre_fault_allowed)
-        number = lab.kind.vm_type
-        rows.append(FlagRow(name, number, *flags, vm.slots.spaces, offered_if(number)))
+        rows.append(FlagRow(name, lab.kind.vm_type, *flags, vm.slots.spaces))
     old = LEGACY_SEV_ES
-    spaces = rows[old.vm_type].address_spaces
-    return [*rows, FlagRow(old.name, old.vm_type, *by_flags(old), spaces, "sev_es")]
-
-
-def offered_if(vm_type: int) -> str:
-    """What a host must have to offer a type; "" if nothing."""
-    for name in ("", *_OFFERS):
-        offers = Offers(**{name: True}) if name else Offers()
-        if kvm_is_vm_type_supported(vm_type, kvm_caps_supported_vm_types(offers)):
-            return name
-    raise ValueError(f"no host offers VM type {vm_type}")
+    return [*rows, FlagRow(old.name, old.vm_type, *by_flags(old), rows[old.vm_type].spaces)]
 
 
 def offer_rows() -> list[OfferRow]:
