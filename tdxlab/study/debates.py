@@ -7,8 +7,8 @@ Each debate is two functions: one builds small machines, runs every alternative 
 rows of numbers; the other turns the rows, and nothing else, into a verdict. An alternative that
 Linux does not have is another function in the place of Linux's for as long as the run lasts.
 
-Source: the reviews of the TDX series on the kvm mailing list, spring 2024; Linux 6.16, for what
-became of each.
+Source: the reviews of the TDX series on the kvm mailing list (see `debates_positions`); Linux 6.16,
+for what became of each.
 Differs: a verdict is about this model's counts on small machines, not about time on real ones.
 """
 

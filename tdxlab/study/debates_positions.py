@@ -1,7 +1,9 @@
 """Who proposed what in the debates, and what was said for it and against it.
 
-Source: the reviews of the TDX series on the kvm mailing list, spring 2024 (R. Edgecombe, I.
-Yamahata, K. Huang, P. Bonzini, S. Christopherson), and the descriptions with which it was merged.
+Source: the kvm mailing list: the review of "Support TDX private mapping for TDP MMU", May 2024 (R.
+Edgecombe, I. Yamahata, K. Huang, P. Bonzini); that of booleans against masks of VM types (R.
+Edgecombe, S. Christopherson: D18); that of the SEAMCALL wrappers (D20); and the text with which the
+TDP MMU's part was merged (D15, D16, D21).
 Differs: what was said is retold here, and shortened; where a name or a reason is missing, none is
 on record here.
 """
