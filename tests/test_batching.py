@@ -279,9 +279,17 @@ def test_a_blocked_entry_is_told_from_all_others() -> None:
     assert not any(map(is_blocked_spte, others))
 
 
-@pytest.mark.parametrize("pages", [-1, 513, "8", 2.5])
-def test_zap_in_batches_refuses_other_sizes(bench: Bench, pages: Any) -> None:
-    with pytest.raises(ValueError, match=f"a batch of {pages} pages; choose 1..512"):
+@pytest.mark.parametrize(
+    ("pages", "problem"),
+    [
+        (-1, "a batch of -1 pages; choose 1..512"),
+        (513, "a batch of 513 pages; choose 1..512"),
+        ("8", "pages is '8'; give an int"),
+        (2.5, "pages is 2.5; give an int"),
+    ],
+)
+def test_zap_in_batches_refuses_other_sizes(bench: Bench, pages: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
         bench.td.zap_in_batches(pages)
     assert bench.td.vm.zap_batch == 0
 
