@@ -156,6 +156,14 @@ def test_leaves_and_tables_are_encrypted_where_memory_is(design: str) -> None:
     assert all(scene.vm.read(entry) & 1 << 45 for entry in (leaf, *page.parents))
 
 
+@pytest.mark.parametrize(("entry", "allows"), [(0x5067, 6), (0x5063, 2), (0x5065, 4), (0x5061, 0)])
+def test_a_leaf_allows_what_the_guests_entry_allows(entry: int, allows: int) -> None:
+    scene = mapped(used=False)
+    scene.put(TABLE, 3, entry)
+    assert scene.access(0x3000, user=False).kind == "ok"
+    assert scene.vm.read(shadow_leaf(scene.vcpu, 0x3000)) & 6 == allows
+
+
 def test_sync_children_frees_a_page_that_it_cannot_compare() -> None:
     scene = mapped()
     assert scene.guest_put(TABLE, 3, 0x6000 | RWU) == "direct"
