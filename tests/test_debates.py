@@ -279,6 +279,7 @@ def test_keyid_rows_need_four_seamcalls_or_one_for_each_page(gpaw: int) -> None:
     assert per_page[debates_teardown.KEYID_LAST] == (4, 0)
     assert per_page[debates_teardown.KEYID_FIRST] == (1, 0)
     assert per_page[debates_teardown.SAME_HOOKS][1] > rows_of("D8", gpaw)[0].pages
+    assert f"for each GiB that is a difference of {3 << 18}." in run_of("D8", gpaw).verdict
 
 
 def test_judge_keyid_counts_a_bug_without_a_lost_page_as_a_failure() -> None:

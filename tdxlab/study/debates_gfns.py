@@ -4,8 +4,9 @@ The same random life of a TD's shared memory, with its dirty pages logged and it
 by the host now and then, in four versions of the walker. Whoever is given a gfn by the walker
 expects one of a memslot.
 Differs: faults and zaps walk with raw gfns, the dirty log itself does not. A bit for a gfn outside
-of the slot is not set; Linux would set it behind the end of the bitmap. Two gfns in every iterator,
-and the bit in the root's own page, are not run: both give the MMU the gfns of one of these.
+of the slot is not set; Linux would set it behind the end of the bitmap. A macro that adds the bit,
+two gfns in every iterator, and the bit in the root's own page are not run: each gives the MMU the
+gfns of one of these.
 """
 
 from __future__ import annotations

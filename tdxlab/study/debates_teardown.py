@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tdxlab.arch import PAGE_SIZE, SIZE_2M
+from tdxlab.arch import PAGE_SIZE, SIZE_1G, SIZE_2M
 from tdxlab.breaks import broken
 from tdxlab.kvm.tdx_teardown import kvm_destroy_vm, tdx_mmu_release_hkid
 from tdxlab.machine import Machine
@@ -87,9 +87,11 @@ def judge_keyid(rows: Sequence[KeyIdRow]) -> str:
     parts = []
     if len(works) > 1:
         best, worst = works[0], works[-1]
+        saved = (worst.per_page - best.per_page) * (SIZE_1G // PAGE_SIZE)
         parts.append(
             f'"{best.order}" needs {many(best.seamcalls, "SEAMCALL")} and {best.per_page} for each '
-            f'page more, "{worst.order}" {worst.seamcalls} and {worst.per_page}'
+            f'page more, "{worst.order}" {worst.seamcalls} and {worst.per_page}; for each GiB that is '
+            f"a difference of {saved}"
         )
     parts += [f'"{row.order}" loses {many(row.lost, "page")}: {row.vm}' for row in fails]
     return ". ".join(parts) + "."
