@@ -90,8 +90,8 @@ def judge_keyid(rows: Sequence[KeyIdRow]) -> str:
         saved = (worst.per_page - best.per_page) * (SIZE_1G // PAGE_SIZE)
         parts.append(
             f'"{best.order}" needs {many(best.seamcalls, "SEAMCALL")} and {best.per_page} for each '
-            f'page more, "{worst.order}" {worst.seamcalls} and {worst.per_page}; for each GiB that is '
-            f"a difference of {saved}"
+            f'page more, "{worst.order}" {worst.seamcalls} and {worst.per_page}; for each GiB '
+            f"that is a difference of {saved}"
         )
     parts += [f'"{row.order}" loses {many(row.lost, "page")}: {row.vm}' for row in fails]
     return ". ".join(parts) + "."
