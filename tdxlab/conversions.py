@@ -94,7 +94,11 @@ class PunchesLate(ConversionPolicy):
 
 
 class Lazy(ConversionPolicy):
-    """Nothing on request: a page is converted when the guest uses it."""
+    """Nothing on request: a page is converted when the guest uses it.
+
+    Differs: a page that was never used as shared memory is still accepted when it becomes private
+    again. The model's guest takes that for a success.
+    """
 
     name = "lazy"
 

@@ -13,8 +13,8 @@ from tdxlab.conversions import WRONG_CONVERSIONS
 from tdxlab.invariants import INVARIANTS
 from tdxlab.policies import WRONG_POLICIES, AllAtOnce, Batches, KernelPolicy, RegionFirst
 from tdxlab.policy import RULES, ZapPolicy
-from tdxlab.policy_results import AnyResult, ConversionResult
-from tdxlab.policy_run import AnyPolicy, Given, kernels_own, run
+from tdxlab.policy_results import AnyResult, ConversionResult, Result
+from tdxlab.policy_run import AnyPolicy, kernels_own, run
 from tdxlab.study import plots
 from tdxlab.study.palette import (
     BLACK,
@@ -91,28 +91,8 @@ class ResultRow(NamedTuple):
     broken: str
 
 
-class ConversionRow(NamedTuple):
-    """A conversion policy's result in short; see `policy_results.ConversionResult`."""
-
-    policy: str
-    workload: str
-    requests: int
-    calls: int
-    entries: int
-    seamcalls: int
-    ipis: int
-    most_at_once: int
-    most_double: int
-    cost: int
-    broken: str
-
-
-def result_row(result: AnyResult) -> ResultRow | ConversionRow:
+def result_row(result: Result) -> ResultRow:
     """A result in short."""
-    broken = result.violation.rule if result.violation else "-"
-    if isinstance(result, ConversionResult):
-        names = ConversionRow._fields[:-1]
-        return ConversionRow._make((*(getattr(result, name) for name in names), broken))
     return ResultRow(
         result.policy,
         result.workload,
@@ -124,14 +104,14 @@ def result_row(result: AnyResult) -> ResultRow | ConversionRow:
         result.retries,
         result.most_blocked,
         result.cost,
-        broken,
+        result.violation.rule if result.violation else "-",
     )
 
 
 def result_rows(
-    policies: Sequence[Given], workload: str, gpaw: int
-) -> list[ResultRow | ConversionRow]:
-    """Several policies of one kind in one workload."""
+    policies: Sequence[ZapPolicy | type[ZapPolicy]], workload: str, gpaw: int
+) -> list[ResultRow]:
+    """Several policies in one workload."""
     return [result_row(run(policy, workload, gpaw=gpaw)) for policy in policies]
 
 

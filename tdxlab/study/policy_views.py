@@ -19,7 +19,6 @@ from tdxlab.study.palette import (
     Look,
 )
 from tdxlab.study.policy_lab import BLOCKED, FREE, MAPPED, Page
-from tdxlab.study.policy_tables import result_row
 from tdxlab.study.svg import entry_map
 
 #: State of a mirror entry -> its look; an empty one is not drawn.
@@ -44,7 +43,6 @@ _COLUMNS = {
     "entries": "entries",
     "most_double": "twice in memory",
     "cost": "cost",
-    "broken": "rule broken",
 }
 
 
@@ -71,9 +69,13 @@ def board_html(results: Sequence[AnyResult]) -> str:
     rules first, then by cost.
     """
     ranked = sorted(results, key=_rank)
-    rows = [result_row(result)._asdict() for result in ranked]
-    texts = [[str(row.get(name, "-")) for name in _COLUMNS] for row in rows]
-    return html_table(tuple(_COLUMNS.values()), texts)
+    return html_table((*_COLUMNS.values(), "rule broken"), [_texts(result) for result in ranked])
+
+
+def _texts(result: AnyResult) -> list[str]:
+    """A row of the leaderboard: "-" for what the kind is not counted."""
+    broken = result.violation.rule if result.violation else "-"
+    return [*(str(getattr(result, name, "-")) for name in _COLUMNS), broken]
 
 
 def _rank(result: AnyResult) -> tuple[bool, str, bool, int]:

@@ -69,6 +69,10 @@ def test_a_conversion_policy_shows_its_memory_and_its_counts(
     twin.run.click()
     assert shown.agrees_with(twin)
     assert shown.numbers()["twice"] == twin.board["keeps both", "boot"].most_double
+    shown.page.set_viewport_size({"width": 1920, "height": 1080})
+    shown.root.scroll_into_view_if_needed()
+    SHOTS.mkdir(exist_ok=True)
+    shown.page.screenshot(path=SHOTS / "15-1920x1080.png")
 
 
 def test_a_wrong_policy_reads_its_rule_and_the_panel_fits(
