@@ -87,9 +87,11 @@ class ConversionTally:
     implicit: those of them for memory faults. attributes ... pre_faults: its system calls.
 
     From the guest's asking to its first use of what it has got: entries of its vCPU, one for each
-    exit; seamcalls of zaps and of pages that are mapped; pages taken out of the TD; ipis.
+    exit; seamcalls of zaps and of pages that are mapped; retries: those of them that were refused,
+    and are made again; ipis; pages taken out of the TD.
+
     most_at_once: most pages that one call had its attributes set for. most_double: most pages that
-    took memory twice, as private and as shared memory. retries: 0; KVM's own are not seen.
+    took memory twice, as private and as shared memory.
     """
 
     requests: int = 0
@@ -100,11 +102,11 @@ class ConversionTally:
     pre_faults: int = 0
     entries: int = 0
     seamcalls: int = 0
+    retries: int = 0
     ipis: int = 0
+    pages: int = 0
     most_at_once: int = 0
     most_double: int = 0
-    pages: int = 0
-    retries: int = 0
 
     @property
     def calls(self) -> int:

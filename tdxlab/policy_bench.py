@@ -13,6 +13,14 @@ from itertools import repeat
 from operator import sub
 from typing import Any
 
+from tdxlab.abi.leaves import (
+    TDH_MEM_PAGE_AUG,
+    TDH_MEM_PAGE_REMOVE,
+    TDH_MEM_RANGE_BLOCK,
+    TDH_MEM_SEPT_ADD,
+    TDH_MEM_TRACK,
+    TDH_PHYMEM_PAGE_WBINVD,
+)
 from tdxlab.accesses import Access, Hlt, MapGpa, Program, Read, Write
 from tdxlab.arch import PAGE_SHIFT, PAGE_SIZE
 from tdxlab.conversion import (
@@ -49,7 +57,14 @@ _ZAP_LEAVES = (
     "TDH.PHYMEM.PAGE.WBINVD",
 )
 #: Leaves that conversions lead to: zaps, and faults.
-_LEAVES = (*_ZAP_LEAVES, "TDH.MEM.SEPT.ADD", "TDH.MEM.PAGE.AUG")
+_LEAVES = (
+    TDH_MEM_RANGE_BLOCK,
+    TDH_MEM_TRACK,
+    TDH_MEM_PAGE_REMOVE,
+    TDH_PHYMEM_PAGE_WBINVD,
+    TDH_MEM_SEPT_ADD,
+    TDH_MEM_PAGE_AUG,
+)
 #: A page of each vCPU's own, which no event is about.
 _OWN = PAGES * PAGE_SIZE
 #: Steps in which a thread must have moved on; more mean that the model is stuck.
@@ -227,7 +242,7 @@ class ConversionBench(Bench):
         """What has been done so far."""
         self._count()
         counts = asdict(self.tally)
-        del counts["pages"], counts["retries"]
+        del counts["pages"]
         return ConversionResult(self.name, self.workload.name, violation=violation, **counts)
 
     def note(self, op: Op) -> None:
@@ -305,16 +320,22 @@ class ConversionBench(Bench):
             tally.most_double = max(tally.most_double, doubles(self.td))
         self._counted = self._sums()
         if self._is_converting:
-            seamcalls, pages, ipis = map(sub, self._counted, before)
+            seamcalls, retries, pages, ipis = map(sub, self._counted, before)
             tally.seamcalls += seamcalls
+            tally.retries += retries
             tally.pages += pages
             tally.ipis += ipis
 
-    def _sums(self) -> tuple[int, int, int]:
-        """SEAMCALLs, pages taken out, IPIs: all until now."""
-        calls = self.machine.seamcalls
-        ipis: int = self.machine.host.counts["ipi"]
-        return sum(calls[leaf] for leaf in _LEAVES), calls["TDH.MEM.PAGE.REMOVE"], ipis
+    def _sums(self) -> tuple[int, int, int, int]:
+        """SEAMCALLs, those that were refused, pages taken out, IPIs: all until now."""
+        trace, ipis = self.machine.trace, self.machine.host.counts["ipi"]
+        calls, refused = trace.seamcalls(), trace.refusals()
+        return (
+            sum(calls.get(leaf, 0) for leaf in _LEAVES),
+            sum(refused.get(leaf, 0) for leaf in _LEAVES),
+            calls.get(TDH_MEM_PAGE_REMOVE, 0) - refused.get(TDH_MEM_PAGE_REMOVE, 0),
+            ipis,
+        )
 
 
 #: vCPU 0 is about to enter.

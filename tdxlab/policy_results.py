@@ -59,6 +59,7 @@ class ConversionResult(NamedTuple):
     pre_faults: int
     entries: int
     seamcalls: int
+    retries: int
     ipis: int
     most_at_once: int
     most_double: int
@@ -107,6 +108,7 @@ class ConversionStanding(NamedTuple):
     calls: int
     entries: int
     seamcalls: int
+    retries: int
     ipis: int
     most_at_once: int
     most_double: int

@@ -8,6 +8,7 @@ from errno import EINTR
 import pytest
 
 from tdxlab import policy_bench
+from tdxlab.abi.leaves import TDH_MEM_RANGE_BLOCK
 from tdxlab.arch import PAGE_SIZE
 from tdxlab.conversion import ConversionPolicy, ConvertingVmm, Request
 from tdxlab.conversions import (
@@ -30,6 +31,7 @@ from tdxlab.policy_results import ConversionResult, ConversionStanding, standing
 from tdxlab.policy_run import leaderboard, run
 from tdxlab.steps import finished
 from tdxlab.stopping import Violation
+from tdxlab.trace import Trace
 from tdxlab.workloads import Event, Workload
 
 Convert = Callable[[ConvertingVmm, Request], object]
@@ -120,6 +122,19 @@ def test_policies_keep_the_rules_at_both_widths(kept: ConversionPolicy) -> None:
         assert run(kept, name, gpaw=gpaw, seed=seed).violation is None
 
 
+def test_retries_are_seamcalls_of_kvms_that_were_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = run(AsQemu, THERE_AND_BACK).seamcalls // 5
+    refusals = Trace.refusals
+
+    def every_block_once(trace: Trace) -> dict[int, int]:
+        return refusals(trace) | {
+            TDH_MEM_RANGE_BLOCK: trace.seamcalls().get(TDH_MEM_RANGE_BLOCK, 0)
+        }
+
+    monkeypatch.setattr(Trace, "refusals", every_block_once)
+    assert run(AsQemu, THERE_AND_BACK).retries == pages == 4
+
+
 def test_the_end_of_a_td_and_first_uses_are_no_conversions() -> None:
     events = workload(Event("shared", 2, 4), Event("end"))
     one, more = run(AsQemu, events), run(AsQemu, events._replace(events=events.events[:2]))
@@ -185,6 +200,7 @@ def test_a_wrong_policy_hears_the_rule_that_it_breaks(
         Event("shared", 8, 2),
     )
     if isinstance(wrong, PunchesTooLate):
+        wrong = PunchesTooLate()
         wrong.most = 4
     violation = broken(wrong, events)
     rule, words = EXPECTED[wrong.title]
@@ -267,7 +283,7 @@ def _no_writeback(*_: object) -> object:
 def result(name: str, *, calls: int, double: int = 0, wrong: bool = False) -> ConversionResult:
     """A result with little in it."""
     violation = Violation("data", "gone") if wrong else None
-    return ConversionResult(name, "boot", 1, 0, calls, 0, 0, 0, 5, 4, 1, 7, double, violation)
+    return ConversionResult(name, "boot", 1, 0, calls, 0, 0, 0, 5, 4, 0, 1, 7, double, violation)
 
 
 def test_standings_rank_conversions_by_cost_then_by_memory_taken_twice() -> None:

@@ -132,7 +132,7 @@ def test_board_ranks_those_who_keep_the_rules_first() -> None:
     html = board_html([bad, good])
     assert html.index("good") < html.index("bad") < html.index("<td", html.index("bad"))
     assert "end" in html
-    conversions = ConversionResult("late", "boot", 1, 0, 7, 0, 0, 0, 0, 0, 0, 0, 0)
+    conversions = ConversionResult("late", "boot", 1, 0, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     html = board_html([conversions, bad, good])
     assert html.index("bad") < html.index("late")
     assert '7</td><td style="' in html[html.index("late") :]
