@@ -132,6 +132,14 @@ def test_clear_dirty_pt_masked_touches_the_mask_only(
     assert scene.changes() == [(1, 0x41, LEAF, after)]
 
 
+def test_clear_dirty_pt_masked_takes_w_without_ad_bits() -> None:
+    scene = LoggingScene(params=MmuParams(ad_bits=False))
+    scene.touch(1)
+    before = scene.leaves()[1]
+    clear_masked(scene, 0, 2)
+    assert scene.leaves() == {1: before & ~PT_WRITABLE_MASK}
+
+
 def test_clear_dirty_pt_masked_leaves_large_leaves_alone(scene: LoggingScene) -> None:
     clear_masked(scene, 0x200, (1 << 64) - 1)
     assert scene.events == []

@@ -114,6 +114,15 @@ def test_reload_leaves_an_invalid_root_when_requested(bench: MmuBench, vcpu: Vcp
     assert not vcpu.requests
 
 
+def test_reload_keeps_a_valid_root_when_requested(bench: MmuBench, vcpu: Vcpu) -> None:
+    root = vcpu.root_hpa
+    vcpu.make_request(FREE_OBSOLETE_ROOTS)
+    assert run(kvm_mmu_reload(vcpu)) == 0
+    assert vcpu.root_hpa == root
+    assert not vcpu.requests
+    assert bench.events == []
+
+
 def test_reload_keeps_an_invalid_mirror_root(bench: MmuBench, vcpu: Vcpu) -> None:
     mirror = vcpu.mirror_root_hpa
     invalidate(bench, KVM_VALID_ROOTS)
