@@ -21,8 +21,8 @@ from tdxlab.kvm.shadow_pages import (
     topup_page_cache,
 )
 from tdxlab.kvm.shadow_params import AMD, DESIGNS, REVIEWED
-from tdxlab.kvm.shadow_run import set_cr3, set_cr4
-from tdxlab.kvm.shadow_sync import get_shadow_page, sync_children
+from tdxlab.kvm.shadow_run import set_cr3, set_cr4, store
+from tdxlab.kvm.shadow_sync import get_shadow_page, sync_children, sync_page
 from tdxlab.kvm.shadow_vm import ShadowPage
 from tdxlab.kvm.tdp_set import HostBug
 from tdxlab.steps import run
@@ -144,6 +144,15 @@ def test_get_shadow_page_frees_what_is_out_of_sync_when_the_table_becomes_a_dire
     assert flushes(scene) == before + 1
 
 
+def test_get_shadow_page_lets_the_other_half_of_a_table_be_out_of_sync() -> None:
+    scene = mapped()
+    page = page_of(scene, TABLE)
+    assert scene.guest_put(TABLE, 9, 0x7000 | RWU) == "direct"
+    other = get_shadow_page(scene.vcpu, page.gfn, int(Role(page.role).with_(quadrant=1)))
+    assert other.spt != page.spt
+    assert scene.vm.sps[page.spt].unsync
+
+
 # -- brought into line
 
 
@@ -176,6 +185,69 @@ def test_sync_children_frees_a_page_that_it_cannot_compare() -> None:
     assert page.spt not in scene.vm.pages.in_use
     assert flushes(scene) == before + 1
     assert complaints(scene.vm) == []
+
+
+def test_sync_page_zaps_a_page_that_shadows_no_table() -> None:
+    scene = mapped(used=False)
+    scene.put(DIRECTORY, 1, 0x80 | RWU)
+    scene.access(0x40_0000)
+    page = scene.vm.sp_of_entry(shadow_leaf(scene.vcpu, 0x40_0000))
+    assert page is not None
+    assert page.is_direct
+    invalid: list[ShadowPage] = []
+    assert sync_page(scene.vcpu, page, invalid) is None
+    assert [sp.spt for sp in invalid] == [page.spt]
+
+
+def test_sync_children_flushes_for_the_first_of_two_pages_too() -> None:
+    scene = mapped()
+    scene.put(DIRECTORY, 1, 0x4000 | RWU)
+    scene.put(0x4000, 0, 0x6000 | RWU)
+    assert scene.access(0x40_0000).kind == "ok"
+    for table, entry in ((TABLE, 0x5065), (0x4000, 0x6027)):
+        assert scene.guest_put(table, 3 if table == TABLE else 0, entry) == "direct"
+    before = scene.vm.counts
+    assert run(set_cr3(scene.vcpu, DIRECTORY)) == "fine"
+    scene.access(0x40_0000)
+    assert scene.vm.counts["synced"] == before["synced"] + 2
+    assert flushes(scene) == before["remote_tlb_flush"] + 1
+    assert not any(sp.unsync for sp in scene.vm.sps.values())
+
+
+def test_sync_children_flushes_when_a_mapping_of_the_table_is_protected() -> None:
+    scene = mapped(used=False)
+    scene.put(TABLE, 9, TABLE | RWU)
+    scene.access(0x3000)
+    assert run(store(scene.vcpu, 0x9000 + 4 * 20, 0, 4)).kind == "ok"
+    before = flushes(scene)
+    assert run(set_cr3(scene.vcpu, DIRECTORY)) == "fine"
+    scene.access(0x3000)
+    assert not scene.vm.read(shadow_leaf(scene.vcpu, 0x9000)) & 2
+    assert flushes(scene) == before + 1
+
+
+# -- the VM itself
+
+
+@pytest.mark.parametrize("params", [{}, {"vendor": AMD, "c_bit": 45}])
+def test_guest_memory_is_zero_at_the_beginning(params: dict[str, object]) -> None:
+    vm = Scene(2, **params).vm  # type: ignore[arg-type]
+    assert {vm.read_guest(gpa, 8) for gpa in (0, 0x1000, 0x5FF8)} == {0}
+    assert vm.cpu_read(0, vm.zero_page) == 0
+
+
+def test_write_guest_refuses_a_gpa_without_memory() -> None:
+    vm = Scene(2).vm
+    last = (vm.npages << 12) - 1
+    with pytest.raises(ValueError, match=f"GPA {last + 1:#x} has no memory; .* up to {last:#x}"):
+        vm.write_guest(last + 1, 0, 1)
+    assert vm.read_guest(last + 1, 1) is None
+
+
+def test_child_of_an_entry_that_leads_to_no_page_ends_the_host() -> None:
+    vm = mapped().vm
+    with pytest.raises(HostBug, match="and no page table is there"):
+        vm.child(0x1234_5000 | 1)
 
 
 # -- zapped
