@@ -100,7 +100,7 @@ def sync_page(vcpu: ShadowVcpu, sp: ShadowPage, invalid: list[ShadowPage]) -> bo
     """Compare every entry of a page with the guest's; True if something must be flushed. A page
     that this MMU cannot compare is zapped: None. Source: mmu.c, kvm_sync_page.
     """
-    if sp.is_direct or (sp.role ^ vcpu.role) & ~_MAY_DIFFER:
+    if (sp.role ^ vcpu.role) & ~_MAY_DIFFER:
         prepare_zap_page(vcpu.vm, sp, invalid)
         return None
     changed = [sync_spte(vcpu, sp, sptep) for sptep, _ in present_entries(vcpu.vm, sp)]
@@ -132,7 +132,7 @@ def get_shadow_page(vcpu: ShadowVcpu, gfn: int, role: int) -> ShadowPage:
     """
     vm, invalid = vcpu.vm, list[ShadowPage]()
     for other in shadowing(vm, gfn):
-        if Role(role).level > 1 and other.unsync and other.role != role:
+        if Role(role).level > 1 and other.unsync:
             prepare_zap_page(vm, other, invalid)
     sp = find_page(vm, gfn, role)
     if sp is not None and sp.unsync:

@@ -144,6 +144,18 @@ def test_get_shadow_page_frees_what_is_out_of_sync_when_the_table_becomes_a_dire
     assert flushes(scene) == before + 1
 
 
+def test_get_shadow_page_makes_a_new_one_where_it_cannot_compare_the_one_it_found() -> None:
+    scene = mapped()
+    page = page_of(scene, TABLE)
+    assert scene.guest_put(TABLE, 3, 0x6000 | RWU) == "direct"
+    assert run(set_cr3(scene.vcpu, 0x9000)) == "fine"
+    assert run(set_cr4(scene.vcpu, X86_CR4_PAE)) == "fine"
+    new = get_shadow_page(scene.vcpu, page.gfn, page.role)
+    assert new.spt != page.spt
+    assert page.spt not in scene.vm.sps
+    assert not any(scene.vm.read_table(new.spt)[index] & 1 for index in range(512))
+
+
 def test_get_shadow_page_lets_the_other_half_of_a_table_be_out_of_sync() -> None:
     scene = mapped()
     page = page_of(scene, TABLE)
