@@ -87,8 +87,8 @@ def _met_by_a_fault(td: Td) -> Faulting:
     fault = Faulting(td, 0)
     zapping = td.host.on_cpu(1, _zapping(td, 0, _PAGES))
     with heard(td.vm) as events:
-        while not any(event[0] == "spte_changed" for event in events):
-            go_on(zapping)
+        while go_on(zapping) and not any(event[0] == "spte_changed" for event in events):
+            pass
     coming = td.host.on_cpu(0, fault.operation())
     while go_on(coming):
         go_on(zapping)
