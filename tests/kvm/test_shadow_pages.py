@@ -165,6 +165,17 @@ def test_get_shadow_page_lets_the_other_half_of_a_table_be_out_of_sync() -> None
     assert scene.vm.sps[page.spt].unsync
 
 
+def test_new_page_for_a_large_page_protects_no_data() -> None:
+    scene = mapped(used=False)
+    scene.put(TABLE, 3, RWU)
+    assert scene.access(0x3000, write=True).kind == "ok"
+    scene.put(DIRECTORY, 1, 0x80 | RWU)
+    before = flushes(scene)
+    assert scene.access(0x40_5000).kind == "ok"
+    assert scene.vm.read(shadow_leaf(scene.vcpu, 0x3000)) & 2
+    assert flushes(scene) == before
+
+
 # -- brought into line
 
 
