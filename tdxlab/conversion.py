@@ -173,7 +173,7 @@ class ConvertingVmm:
 
     def pre_fault(self, gfn: int, pages: int) -> str:
         """KVM_PRE_FAULT_MEMORY: KVM maps every page as the kind that it is. A private one waits to
-        be accepted. Returns the pages done if these are not all.
+        be accepted. Returns "n of m pages" if these are not all.
         """
         op = self._begin(PRE_FAULT, gfn, pages)
         self._tally.pre_faults += 1
@@ -208,7 +208,9 @@ class ConvertingVmm:
             self._limit.insist(Stopped(Violation("end", text)))
         numbers = isinstance(gfn, int) and isinstance(pages, int)
         if not (numbers and pages > 0 and 0 <= gfn <= self.pages - pages):
-            text = f"{name} of {pages!r} pages at gfn {gfn!r}; the TD has gfns 0..{self.pages - 1}"
+            text = (
+                f"{name} of gfns from {gfn!r} on, {pages!r} in all; there are 0..{self.pages - 1}"
+            )
             self._limit.insist(Stopped(Violation("scope", text)))
         return Op(name, gfn, pages, "")
 
@@ -221,10 +223,15 @@ class ConvertingVmm:
 
     def _make(self, op: Op, call: Operation, wanted: int = 0) -> str:
         """Make a call that is to return `wanted`; returns how it went as a word."""
-        result: int = drive(call, self._meanwhile)
+        try:
+            result: int = drive(call, self._meanwhile)
+        except Stopped as stopped:
+            self._limit.insist(stopped)
         answer = SUCCESS
         if result != wanted:
-            answer = errorcode[-result] if result < 0 else f"{result >> PAGE_SHIFT} pages"
+            answer = (
+                errorcode[-result] if result < 0 else f"{result >> PAGE_SHIFT} of {op.level} pages"
+            )
         self._note(op._replace(answer=answer))
         self._limit.start()
         return answer

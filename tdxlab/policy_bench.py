@@ -81,6 +81,8 @@ class Bench:
     """
 
     name = "KVM itself"
+    #: events after which the invariants are checked
+    checked: tuple[str, ...] = (SHARED, END)
 
     def __init__(
         self, workload: Workload, gpaw: int, seed: int = 1, watch: Watching | None = None
@@ -115,7 +117,7 @@ class Bench:
         for runner in self._runners:
             self._finish(runner)
         self._runners = []
-        if event.do in (SHARED, END):
+        if event.do in self.checked:
             self._invariants.check("alive")
 
     def result(self, violation: Violation | None) -> Result | ConversionResult:
@@ -207,6 +209,8 @@ class ConversionBench(Bench):
     conversion it looks whether its memory still holds what it has written there.
     """
 
+    checked = (SHARED, PRIVATE, END)
+
     def __init__(
         self,
         policy: ConversionPolicy,
@@ -223,8 +227,10 @@ class ConversionBench(Bench):
         self._lost: Violation | None = None
         self._stores = 0
         #: gfn -> what the guest has written there
-        self._written: dict[int, bytes] = {}
+        self._written = dict.fromkeys(range(PAGES, PAGES + workload.vcpus), b"\1")
         self._is_converting = self._is_looking = False
+        #: it is vCPU 0 that moves
+        self._asks = False
         self._counted = self._sums()
         self.td.converter = self._convert
 
@@ -252,8 +258,11 @@ class ConversionBench(Bench):
 
     def let_run(self) -> None:
         """As `Bench.let_run`."""
-        if not self._is_looking:
-            super().let_run()
+        if self._is_looking:
+            return
+        asks, self._asks = self._asks, False
+        super().let_run()
+        self._asks = asks
 
     def program(self, event: Event) -> Generator[Access, Any, None]:
         """The guest asks, and uses what it has got."""
@@ -276,7 +285,7 @@ class ConversionBench(Bench):
             return ""
         gfn, op = next(iter(self._vmm.taken.items()))
         return (
-            f". {op.name} of {op.level} pages from gfn {op.gfn:#x} took gfn {gfn:#x}, which the "
+            f". {op.name} of gfns {op.gfn:#x}..{op.gfn + op.level - 1:#x} took {gfn:#x}, which the "
             "guest had accepted and not given up"
         )
 
@@ -293,9 +302,14 @@ class ConversionBench(Bench):
         return self.td.guest.alias(gfn << PAGE_SHIFT)
 
     def _convert(self, gpa: int, size: int, private: bool, implicit: bool) -> Operation:
-        """What `Td.converter` has to be for the policy to answer."""
+        """What `Td.converter` has to be for the policy to answer. vCPUs beside vCPU 0 use nothing
+        but a page of their own: they ask only if that was taken from them.
+        """
         request = Request(gpa >> PAGE_SHIFT, size >> PAGE_SHIFT, private, implicit)
         yield ("conversion policy", *request)
+        if not self._asks:
+            text = f"KVM exited for a page that a vCPU uses, gfn {request.gfn:#x}{self.why()}"
+            raise Stopped(Violation("alive", text))
         self._vmm.answer(self._policy, request)
         return 0
 
@@ -303,10 +317,13 @@ class ConversionBench(Bench):
         """As `Bench._thread`, its entries into the guest counted."""
         thread, result = super()._thread(event), None
         while True:
+            self._asks = True
             try:
                 step = next(thread)
             except StopIteration:
                 return result
+            finally:
+                self._asks = False
             self.tally.entries += self._is_converting and step == _ENTRY
             yield step
 

@@ -46,6 +46,14 @@ def workload(*events: Event) -> Workload:
 THERE_AND_BACK = workload(Event("shared", 2, 4, 1), Event("private", 2, 4, 1), Event("touch", 2, 4))
 
 
+Take = Callable[[ConvertingVmm, int, int], str]
+
+
+def share(vmm: ConvertingVmm, gfn: int, pages: int) -> str:
+    """Pages become shared."""
+    return vmm.set_attributes(gfn, pages, private=False)
+
+
 def policy(convert: Convert) -> ConversionPolicy:
     """A policy of one function."""
 
@@ -172,7 +180,7 @@ def test_calls_answer_as_kvm_does(monkeypatch: pytest.MonkeyPatch) -> None:
         answers.extend(vmm.pre_fault(request.gfn, 2) for _ in range(2))
 
     run(policy(convert), workload(Event("shared", 2, 4)))
-    assert answers == [SUCCESS, False, 1024, "EINTR", "1 pages"]
+    assert answers == [SUCCESS, False, 1024, "EINTR", "1 of 2 pages"]
 
 
 # -- what a wrong policy hears
@@ -180,9 +188,9 @@ def test_calls_answer_as_kvm_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
 EXPECTED = {
     "OneTooFew": ("answered", "used gfn 0x5 as shared memory"),
-    "OneTooMany": ("alive", "SET SHARED of 5 pages from gfn 0x2 took gfn 0x6"),
+    "OneTooMany": ("alive", "SET SHARED of gfns 0x2..0x6 took 0x6"),
     "OtherWay": ("answered", "it is still private"),
-    "PunchesTooLate": ("alive", "took gfn 0x2"),
+    "PunchesTooLate": ("alive", "took 0x2"),
     "TidiesUp": ("data", "reads 0000000000000000"),
     "WaitsForKvm": ("end", "the conversion has no end"),
 }
@@ -215,24 +223,40 @@ def test_a_shared_page_that_is_made_private_unasked_loses_its_data() -> None:
     assert "to gfn 0x5, and reads 0000000000000000" in violation.explanation
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("takes", [ConvertingVmm.punch, share])
+def test_a_page_that_another_vcpu_uses_must_not_be_taken(takes: Take, seed: int) -> None:
+    def convert(vmm: ConvertingVmm, request: Request) -> None:
+        AsQemu().convert(vmm, request)
+        try:  # noqa: SIM105
+            takes(vmm, 513, 1)
+        except:  # noqa: E722
+            pass
+
+    violation = run(policy(convert), THERE_AND_BACK, seed=seed).violation
+    assert violation is not None
+    assert violation.rule == "alive"
+    assert "of gfns 0x201..0x201 took 0x201" in violation.explanation
+
+
 @pytest.mark.parametrize(
     ("convert", "words"),
     [
         (
             lambda vmm, r: vmm.punch(1024, 1),
-            "PUNCH of 1 pages at gfn 1024; the TD has gfns 0..1023",
+            "PUNCH of gfns from 1024 on, 1 in all; there are 0..1023",
         ),
-        (lambda vmm, r: vmm.discard(1023, 2), "DISCARD of 2 pages"),
-        (lambda vmm, r: vmm.pre_fault(0, 0), "PRE-FAULT of 0 pages"),
+        (lambda vmm, r: vmm.discard(1023, 2), "DISCARD of gfns from 1023 on, 2 in"),
+        (lambda vmm, r: vmm.pre_fault(0, 0), "PRE-FAULT of gfns from 0 on, 0 in"),
         (
             lambda vmm, r: vmm.set_attributes(-1, 1, private=True),
-            "SET PRIVATE of 1 pages at gfn -1",
+            "SET PRIVATE of gfns from -1",
         ),
         (
             lambda vmm, r: vmm.set_attributes("2", 1, private=False),
-            "SET SHARED of 1 pages at gfn '2",
+            "SET SHARED of gfns from '2'",
         ),
-        (lambda vmm, r: vmm.punch(0, 1.5), "PUNCH of 1.5 pages"),
+        (lambda vmm, r: vmm.punch(0, 1.5), "on, 1.5 in all"),
     ],
 )
 def test_a_call_about_no_memory_is_out_of_scope(convert: Convert, words: str) -> None:

@@ -162,7 +162,7 @@ def test_panel_counts_conversions_and_shows_their_memory(panel: PolicyPanel) -> 
     )
     panel.policy.value = "OneTooMany"
     panel.run.click()
-    assert "took gfn 0x10, which the guest had accepted" in panel.summary()
+    assert "took 0x10, which the guest had accepted" in panel.summary()
 
 
 def test_views_have_words_for_those_who_do_not_see_them(panel: PolicyPanel) -> None:
@@ -219,7 +219,7 @@ def test_advice_names_what_is_wrong() -> None:
     assert "cannot serve several zaps" in check("15.2", 577).text
     assert "a smaller one is, too" in check("15.4", 400).text
     assert "with 32 system calls, at most 7 pages at once" in check("15.6", AsQemu).text
-    assert "took gfn 0x38" in check("15.6", OneTooMany).text
+    assert "took 0x38" in check("15.6", OneTooMany).text
     assert "derive a class from ConversionPolicy" in check("15.6", AllAtOnce).text
     assert "derive a class from ZapPolicy" in check("15.7", AsQemu).text
     assert "unmapped: 1 of 16 pages" in check("15.7", ForgetsOne).text
