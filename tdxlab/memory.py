@@ -192,7 +192,14 @@ class Memory:
         """Overwrite the page at `hpa` with 4096 bytes under `keyid`: 64 whole-line stores."""
         if content is not ZERO_PAGE or hpa in self.frames:
             self.words.fill(self.frame(hpa), content)
-        self._tag_page(hpa >> PAGE_SHIFT, keyid)
+        pfn, tag = hpa >> PAGE_SHIFT, self._tag_of.view[keyid]
+        old = self.tags.view[pfn]
+        if old != tag:
+            if old & OWNED:
+                self.caches.change_key(pfn, old)
+            self.tags.put(pfn, tag)
+        if pfn in self._mixed:
+            self._mixed.drop(pfn)
 
     def clear_page(self, hpa: int, keyid: int = 0) -> None:
         """Zero the page at `hpa` with 64 MOVDIR64B stores under `keyid`; clears poison."""
@@ -280,15 +287,6 @@ class Memory:
         if mixed is not None:
             return int(mixed[(hpa & PAGE_OFFSET_MASK) >> LINE_SHIFT])
         return int(self.tags.view[pfn])
-
-    def _tag_page(self, pfn: int, keyid: int) -> None:
-        tag, old = self._tag_of.view[keyid], self.tags.view[pfn]
-        if old != tag:
-            if old & OWNED:
-                self.caches.change_key(pfn, old)
-            self.tags.put(pfn, tag)
-        if pfn in self._mixed:
-            self._mixed.drop(pfn)
 
     def _tag_line(self, line: int, tag: int) -> None:
         if self.tag(line) == tag:

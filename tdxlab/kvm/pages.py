@@ -124,11 +124,11 @@ class HostPages(Journalled):
         """HPA of the next page that was never handed out, or NO_PAGE."""
         counts, regions = self.counts, self.regions
         while self._region < len(regions):
-            base, size = regions[self._region]
+            region = regions[self._region]
             used = counts.view[_NEXT]
-            if used < size:
+            if used < region.size:
                 counts.cells[_NEXT] = used + PAGE_SIZE
-                return base + used
+                return region.base + used
             self._region += 1
             counts.cells[_NEXT] = 0
         return NO_PAGE

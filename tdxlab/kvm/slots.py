@@ -14,7 +14,7 @@ from collections.abc import Generator
 from errno import EBADF, EFAULT
 from typing import NamedTuple, Protocol
 
-from tdxlab.journal import Field, Fields, Journal, Journalled, Table
+from tdxlab.journal import Field, Fields, Index, Journal, Journalled, Table
 from tdxlab.steps import Step
 
 # -- flags of KVM_SET_USER_MEMORY_REGION2, and the internal one
@@ -198,7 +198,7 @@ class MemSlots(Journalled):
         self.fields = Fields(journal, self)
         self.mixed = Table(journal)
         self.spaces = spaces
-        self._sets = Table(journal)
+        self._sets = Index(journal)
         for as_id in range(spaces):
             self._sets.put(as_id, SlotSet((), (), as_id))
 
@@ -213,16 +213,16 @@ class MemSlots(Journalled):
 
     def generation_of(self, as_id: int) -> int:
         """Rises by `spaces` with each new set; bit 63: a grace period has not ended yet."""
-        generation: int = self._sets[as_id].generation
+        generation: int = self._sets.view[as_id].generation
         return generation
 
     def set_generation(self, generation: int, as_id: int = 0) -> None:
         """Give the present set another generation."""
-        self._sets.put(as_id, self._sets[as_id]._replace(generation=generation))
+        self._sets.put(as_id, self._sets.view[as_id]._replace(generation=generation))
 
     def find(self, gfn: int, as_id: int = 0) -> Slot | None:
         """The slot that holds `gfn`, or None. Source: kvm_host.h, __gfn_to_memslot."""
-        present: SlotSet = self._sets[as_id]
+        present: SlotSet = self._sets.view[as_id]
         place = bisect_right(present.bases, gfn)
         if not place:
             return None
@@ -231,7 +231,7 @@ class MemSlots(Journalled):
 
     def all(self, as_id: int = 0) -> tuple[Slot, ...]:
         """All slots of an address space by ascending gfn."""
-        slots: tuple[Slot, ...] = self._sets[as_id].slots
+        slots: tuple[Slot, ...] = self._sets.view[as_id].slots
         return slots
 
     def by_id(self, slot_id: int, as_id: int = 0) -> Slot | None:

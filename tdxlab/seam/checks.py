@@ -80,6 +80,10 @@ _EPTP, _GPAW, _SEPT_LOCK = Tdcs.EPTP, Tdcs.GPAW, Tdcs.SEPT_LOCK
 
 #: By level: bits that no GPA of an operand has: reserved ones, and those below its frame.
 _NO_GPA = tuple(MASK64 & ~(HPA_MASK & -1 << 12 + 9 * level) for level in range(_LEVEL_MASK + 1))
+#: How the lock of a TD's whole S-EPT is taken and let go of.
+_TREE_SHARED = (try_shared, release_shared)
+_TREE_EXCLUSIVE = (try_exclusive, release_exclusive)
+
 #: Either lock bit of an S-EPT entry.
 _HELD_OR_WANTED = LOCKED | HOST_PRIORITY
 
@@ -190,9 +194,10 @@ def lock_sept_tree(call: Call, td: Td, exclusive: bool = False) -> None:
     """Take the lock of the TD's whole S-EPT. Refuses: OPERAND_BUSY with operand SEPT_TREE."""
     words = call.module.memory.words
     index = td.tdcs + _SEPT_LOCK
-    if not (try_exclusive if exclusive else try_shared)(words, index):
+    take, release = _TREE_EXCLUSIVE if exclusive else _TREE_SHARED
+    if not take(words, index):
         raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_SEPT_TREE)
-    call.locks.append((release_exclusive if exclusive else release_shared, words, index))
+    call.locks.append((release, words, index))
 
 
 def walk_sept(call: Call, td: Td, gpa: int, sept_level: int) -> sept.Place:

@@ -44,6 +44,12 @@ if TYPE_CHECKING:
     from tdxlab.seam.module import Module
 
 
+#: How `lock_page` takes the last entry: what must be clear in its lock, what is added to it, and
+#: how the whole path is let go of.
+_SHARED = (CONTENDED, HP_READER, release_path_shared_hp)
+_EXCLUSIVELY = (LOCK_MASK, EXCLUSIVE, release_path_exclusive_hp)
+
+
 def walk_pamt(call: Call, hpa: int, operand: int, exclusive: bool) -> tuple[int, int]:
     """Take the PAMT entry that represents `hpa`, whatever its type; returns (entry, size code).
 
@@ -90,13 +96,12 @@ def lock_page(call: Call, hpa: int, operand: int, page_type: int, exclusive: boo
         entry_2m = first_2m + (pfn >> 9 & 511) * 2
         entry: int = first_4k + (pfn & 0x3FFFF) * 2
         word_1g, word_2m, word = view[entry_1g], view[entry_2m], view[entry]
-        contended = LOCK_MASK if exclusive else CONTENDED
+        contended, taken, release = _EXCLUSIVELY if exclusive else _SHARED
         if not (word_1g | word_2m) & PARENT_IN_THE_WAY and not word & contended:
             cells = words.cells
             cells[entry_1g] = word_1g + HP_READER
             cells[entry_2m] = word_2m + HP_READER
-            cells[entry] = word + (EXCLUSIVE if exclusive else HP_READER)
-            release = release_path_exclusive_hp if exclusive else release_path_shared_hp
+            cells[entry] = word + taken
             call.locks.append((release, words, (entry_1g, entry_2m, entry)))
             if (word & TYPE_MASK) >> TYPE_SHIFT != page_type:
                 raise Refused(TDX_PAGE_METADATA_INCORRECT + operand)
