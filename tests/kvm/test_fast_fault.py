@@ -7,6 +7,7 @@ from tdxlab.kvm.fault import kvm_mmu_do_page_fault
 from tdxlab.kvm.page_fault import (
     PFERR_FETCH_MASK,
     PFERR_PRESENT_MASK,
+    PFERR_PRIVATE_ACCESS,
     PFERR_RSVD_MASK,
     PFERR_WRITE_MASK,
     RET_PF_FIXED,
@@ -90,6 +91,11 @@ def test_page_fault_can_be_fast_refuses_private_accesses_of_a_td() -> None:
     assert not page_fault_can_be_fast(scene.vm, a_fault(scene, PRIVATE_CODE))
 
 
+def test_page_fault_can_be_fast_asks_for_the_kind_only_where_memory_can_be_private() -> None:
+    scene = FaultScene()
+    assert page_fault_can_be_fast(scene.vm, a_fault(scene, WRITE_PRESENT | PFERR_PRIVATE_ACCESS))
+
+
 def test_fast_page_fault_fixed_restores_the_write_bit() -> None:
     scene = mapped_scene()
     protected = change(scene, clear=PT_WRITABLE_MASK)
@@ -156,6 +162,13 @@ def test_fast_page_fault_fixed_gives_write_too_when_a_tracked_leaf_is_written() 
     assert scene.spte(GFN << 12)[1] == whole
 
 
+def test_fast_page_fault_fixed_restores_write_where_no_access_is_tracked_without_ad_bits() -> None:
+    scene = mapped_scene(params=MmuParams(ad_bits=False))
+    protected = change(scene, clear=PT_WRITABLE_MASK)
+    assert run(fast_page_fault(scene.vcpu, a_fault(scene))) == RET_PF_FIXED
+    assert scene.spte(GFN << 12)[1] == protected | PT_WRITABLE_MASK
+
+
 def test_fast_page_fault_invalid_when_a_fetch_finds_no_execute_permission() -> None:
     scene = mapped_scene(params=MmuParams(ad_bits=False))
     change(scene, clear=Spte.execute.mask)
@@ -194,3 +207,14 @@ def test_fast_page_fault_marks_the_page_dirty_when_the_slot_logs_writes() -> Non
     change(scene, clear=PT_WRITABLE_MASK)
     assert run(fast_page_fault(scene.vcpu, a_fault(scene))) == RET_PF_FIXED
     assert scene.vm.dirty.bits(logged) == [GFN - logged.base_gfn]
+
+
+def test_fast_page_fault_marks_nothing_dirty_when_only_reading_is_allowed_again() -> None:
+    scene = mapped_scene(params=MmuParams(ad_bits=False))
+    slot = scene.vm.slots.find(GFN)
+    assert slot is not None
+    logged = slot._replace(flags=KVM_MEM_LOG_DIRTY_PAGES)
+    scene.put_slot(slot, logged)
+    change(scene, value=mark_spte_for_access_track(scene.spte(GFN << 12)[1]))
+    assert run(fast_page_fault(scene.vcpu, a_fault(scene, READ_CODE))) == RET_PF_FIXED
+    assert scene.vm.dirty.bits(logged) == []
