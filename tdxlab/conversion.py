@@ -65,9 +65,10 @@ class Request(NamedTuple):
     private: bool
     implicit: bool
 
-    def covers(self, gfn: int) -> bool:
-        """It is about this gfn."""
-        return self.gfn <= gfn < self.gfn + self.pages
+    @property
+    def gfns(self) -> range:
+        """All that it is about."""
+        return range(self.gfn, self.gfn + self.pages)
 
 
 class ConversionPolicy(Policy):
@@ -117,8 +118,8 @@ class ConversionTally:
 class ConvertingVmm:
     """What a policy can do, in one run of a workload. Each call returns SUCCESS, or the name of the
     errno. td: whose memory it is. tally: what it does is added there. meanwhile, note: as in
-    `policy.Surroundings`. taken: gfn -> the call that took this page from a guest that had accepted
-    it and did not give it up.
+    `policy.Surroundings`. unasked: gfns that calls were about and the guest's requests not. taken:
+    gfn -> the call that took this page from a guest that had accepted it and did not give it up.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class ConvertingVmm:
         meanwhile: Callable[[], object],
         note: Callable[[Op], object],
     ) -> None:
+        self.unasked: set[int] = set()
         self.taken: dict[int, Op] = {}
         self._td, self._tally = td, tally
         self._meanwhile, self._note = meanwhile, note
@@ -212,14 +214,15 @@ class ConvertingVmm:
                 f"{name} of gfns from {gfn!r} on, {pages!r} in all; there are 0..{self.pages - 1}"
             )
             self._limit.insist(Stopped(Violation("scope", text)))
+        self.unasked.update(set(range(gfn, gfn + pages)) - set(self._request.gfns))
         return Op(name, gfn, pages, "")
 
     def _take(self, op: Op) -> None:
         """Note which private pages go that the guest did not give up."""
-        request, accepted = self._request, self._td.guest.accepted
+        accepted, asked = self._td.guest.accepted, self._request.gfns
         for gfn in range(op.gfn, op.gfn + op.level):
-            if gfn in accepted and not request.covers(gfn) and gfn not in self.taken:
-                self.taken[gfn] = op
+            if gfn in accepted and gfn not in asked:
+                self.taken.setdefault(gfn, op)
 
     def _make(self, op: Op, call: Operation, wanted: int = 0) -> str:
         """Make a call that is to return `wanted`; returns how it went as a word."""

@@ -58,10 +58,9 @@ class Pieces(ConversionPolicy):
 
     def convert(self, vmm: ConvertingVmm, request: Request) -> None:
         """Two calls for each piece."""
-        end = request.gfn + request.pages
-        for gfn in range(request.gfn, end, self.size):
-            piece = request._replace(gfn=gfn, pages=min(self.size, end - gfn))
-            AsQemu().convert(vmm, piece)
+        for gfn in request.gfns[:: self.size]:
+            pages = min(self.size, request.gfns.stop - gfn)
+            AsQemu().convert(vmm, request._replace(gfn=gfn, pages=pages))
 
 
 class PunchesLate(ConversionPolicy):
@@ -81,12 +80,11 @@ class PunchesLate(ConversionPolicy):
     def convert(self, vmm: ConvertingVmm, request: Request) -> None:
         """Attributes at once."""
         vmm.set_attributes(request.gfn, request.pages, private=request.private)
-        gfns = range(request.gfn, request.gfn + request.pages)
         if request.private:
-            self.waiting.difference_update(gfns)
+            self.waiting.difference_update(request.gfns)
             vmm.discard(request.gfn, request.pages)
             return
-        self.waiting.update(gfns)
+        self.waiting.update(request.gfns)
         if len(self.waiting) > self.most:
             for gfn, pages in runs(self.waiting):
                 vmm.punch(gfn, pages)

@@ -205,8 +205,8 @@ class ZapBench(Bench):
 
 
 class ConversionBench(Bench):
-    """A conversion policy answers the guest. What the guest shares it writes to; after each
-    conversion it looks whether its memory still holds what it has written there.
+    """A conversion policy answers the guest. What the guest shares it writes to; after a conversion
+    it looks whether other pages that the policy has dealt with hold what it had written there.
     """
 
     checked = (SHARED, PRIVATE, END)
@@ -290,9 +290,14 @@ class ConversionBench(Bench):
         )
 
     def _looking(self) -> Generator[Access, bytes, None]:
-        """The guest reads all that it has written; its other vCPUs have nothing to do meanwhile."""
+        """The guest reads what it has written into pages that calls were about unasked; its other
+        vCPUs have nothing to do meanwhile.
+        """
         self._is_looking = True
-        for gfn, data in self._written.items():
+        unasked = sorted(self._vmm.unasked & self._written.keys())
+        self._vmm.unasked.clear()
+        for gfn in unasked:
+            data = self._written[gfn]
             found = yield Read(self._alias(gfn), len(data))
             if found != data:
                 text = f"the guest wrote {data.hex()} to gfn {gfn:#x}, and reads {found.hex()}"
