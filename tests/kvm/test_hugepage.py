@@ -8,6 +8,7 @@ from tdxlab.kvm.page_fault import (
     KVM_PFN_NOSLOT,
     PFERR_FETCH_MASK,
     RET_PF_FIXED,
+    RET_PF_SPURIOUS,
 )
 from tdxlab.kvm.params import (
     MmuParams,
@@ -74,3 +75,27 @@ def test_disallowed_hugepage_adjust_changes_nothing_above_the_goal() -> None:
     disallowed_hugepage_adjust(scene.vm, fault, 1 << 63, 3)
     disallowed_hugepage_adjust(scene.vm, fault, 1 << 63, 2)
     assert (fault.goal_level, fault.pfn) == (2, SHARED_PFN)
+
+
+def test_disallowed_hugepage_adjust_looks_below_no_4k_leaf() -> None:
+    scene = plain_scene(params=MmuParams(nx_huge_pages=True))
+    fetch = READ_CODE | PFERR_FETCH_MASK
+    assert fault_in(scene, GFN << 12, fetch) == (RET_PF_FIXED, 1)
+    assert fault_in(scene, GFN << 12, fetch) == (RET_PF_SPURIOUS, 1)
+
+
+def test_disallowed_hugepage_adjust_passes_a_table_above_the_goal() -> None:
+    scene = plain_scene(params=MmuParams(nx_huge_pages=True))
+    fault_in(scene, GFN << 12, READ_CODE | PFERR_FETCH_MASK)
+    (table,) = scene.vm.possible_nx_huge_pages
+    fault = a_fault(scene, GFN)
+    disallowed_hugepage_adjust(scene.vm, fault, 0x907 | 1 << 63 | table, 2)
+    assert fault.goal_level == 1
+
+
+def test_disallowed_hugepage_adjust_lets_a_large_page_replace_any_other_table() -> None:
+    scene = plain_scene(params=MmuParams(nx_huge_pages=True))
+    large, scene.user_memory.level = scene.user_memory.level, 1
+    assert fault_in(scene, GFN << 12) == (RET_PF_FIXED, 1)
+    scene.user_memory.level = large
+    assert fault_in(scene, GFN + 1 << 12) == (RET_PF_FIXED, large)
