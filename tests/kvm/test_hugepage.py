@@ -95,7 +95,7 @@ def test_disallowed_hugepage_adjust_passes_a_table_above_the_goal() -> None:
 
 def test_disallowed_hugepage_adjust_lets_a_large_page_replace_any_other_table() -> None:
     scene = plain_scene(params=MmuParams(nx_huge_pages=True))
-    large, scene.user_memory.level = scene.user_memory.level, 1
+    scene.user_memory.level = 1
     assert fault_in(scene, GFN << 12) == (RET_PF_FIXED, 1)
-    scene.user_memory.level = large
-    assert fault_in(scene, GFN + 1 << 12) == (RET_PF_FIXED, large)
+    scene.user_memory.level = 2
+    assert fault_in(scene, GFN + 1 << 12) == (RET_PF_FIXED, 2)
