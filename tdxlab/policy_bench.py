@@ -228,7 +228,7 @@ class ConversionBench(Bench):
         self._stores = 0
         #: gfn -> what the guest has written there
         self._written = dict.fromkeys(range(PAGES, PAGES + workload.vcpus), b"\1")
-        self._is_converting = self._is_looking = False
+        self._is_converting = False
         #: it is vCPU 0 that moves
         self._asks = False
         self._counted = self._sums()
@@ -237,7 +237,6 @@ class ConversionBench(Bench):
     def play(self, event: Event) -> None:
         """As `Bench.play`; and that the guest has found what it has written."""
         self._is_converting = event.do in (SHARED, PRIVATE)
-        self._is_looking = False
         self._counted = self._sums()
         super().play(event)
         self._count()
@@ -257,9 +256,7 @@ class ConversionBench(Bench):
         super().note(op)
 
     def let_run(self) -> None:
-        """As `Bench.let_run`."""
-        if self._is_looking:
-            return
+        """As `Bench.let_run`; it is not vCPU 0 that moves."""
         asks, self._asks = self._asks, False
         super().let_run()
         self._asks = asks
@@ -290,10 +287,7 @@ class ConversionBench(Bench):
         )
 
     def _looking(self) -> Generator[Access, bytes, None]:
-        """The guest reads what it has written into pages that calls were about unasked; its other
-        vCPUs have nothing to do meanwhile.
-        """
-        self._is_looking = True
+        """The guest reads what it has written into pages that calls were about unasked."""
         unasked = sorted(self._vmm.unasked & self._written.keys())
         self._vmm.unasked.clear()
         for gfn in unasked:
