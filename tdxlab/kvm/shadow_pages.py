@@ -277,7 +277,7 @@ def prepare_zap_page(vm: ShadowVm, sp: ShadowPage, invalid: list[ShadowPage]) ->
 def _zap_unsync_children(vm: ShadowVm, sp: ShadowPage, invalid: list[ShadowPage]) -> None:
     """Source: mmu.c, mmu_zap_unsync_children."""
     for child in unsync_below(vm, sp):
-        if child.spt in vm.sps and not vm.sps[child.spt].is_invalid:
+        if not vm.sps[child.spt].is_invalid:
             prepare_zap_page(vm, vm.sps[child.spt], invalid)
 
 
@@ -286,13 +286,12 @@ def unsync_below(vm: ShadowVm, sp: ShadowPage) -> list[ShadowPage]:
 
     Differs: it looks at all children; Linux keeps a bitmap of those that lead to one.
     """
-    found: list[ShadowPage] = []
     if sp.level == 1:
-        return found
-    for sptep, spte in present_entries(vm, sp):
-        child = None if sptep in vm.leaves else vm.child(spte)
-        if child is not None:
-            found += [child] if child.unsync else unsync_below(vm, child)
+        return []
+    found: list[ShadowPage] = []
+    for _, spte in present_entries(vm, sp):
+        child = vm.child(spte)
+        found += [child] if child.unsync else unsync_below(vm, child)
     return found
 
 

@@ -19,11 +19,12 @@ from tdxlab.kvm.shadow_pages import (
     shadowing,
     take_page,
     topup_page_cache,
+    write_protect_gfn,
 )
-from tdxlab.kvm.shadow_params import AMD, DESIGNS, REVIEWED
-from tdxlab.kvm.shadow_run import set_cr3, set_cr4, store
+from tdxlab.kvm.shadow_params import AMD, DESIGNS, NPT, REVIEWED
+from tdxlab.kvm.shadow_run import destroy_vcpu, set_cr3, set_cr4, store
 from tdxlab.kvm.shadow_sync import get_shadow_page, sync_children, sync_page
-from tdxlab.kvm.shadow_vm import ShadowPage
+from tdxlab.kvm.shadow_vm import FREE_OBSOLETE_ROOTS, ShadowPage
 from tdxlab.kvm.tdp_set import HostBug
 from tdxlab.steps import run
 
@@ -287,6 +288,56 @@ def test_zap_page_flushes_before_the_page_is_free(design: str) -> None:
     assert scene.vm.counts["remote_tlb_flush"] == before["remote_tlb_flush"] + 1
     assert not scene.vcpu.in_guest
     assert complaints(scene.vm) == []
+
+
+@ALL
+def test_zap_page_takes_a_page_out_of_sync_along_once_that_is_linked_twice(design: str) -> None:
+    scene = mapped(design=design)
+    scene.put(DIRECTORY, 2, TABLE | RWU)
+    assert scene.access(2 << 22 | 0x3000).kind == "ok"
+    assert scene.guest_put(TABLE, 9, 0x7000 | RWU) == "direct"
+    page, directory = page_of(scene, TABLE), page_of(scene, DIRECTORY)
+    assert len(page.parents) == 2
+    zapped = scene.vm.counts["sp_zapped"]
+    run(zap_page(scene.vm, directory.spt))
+    assert page.spt not in scene.vm.sps
+    assert scene.vm.counts["sp_zapped"] == zapped + 2
+    assert complaints(scene.vm) == []
+
+
+@ALL
+def test_zap_page_of_a_root_asks_for_new_roots_once(design: str) -> None:
+    scene = mapped(design=design)
+    root = next(spt for spt, sp in scene.vm.sps.items() if sp.root_count)
+    run(zap_page(scene.vm, root))
+    assert FREE_OBSOLETE_ROOTS in scene.vcpu.requests
+    scene.vcpu.requests = frozenset()
+    run(zap_page(scene.vm, root))
+    assert scene.vcpu.requests == frozenset()
+    assert scene.vm.sps[root].is_invalid
+
+
+def test_write_protect_gfn_says_whether_a_leaf_could_write() -> None:
+    vm = mapped().vm
+    assert write_protect_gfn(vm, 5)
+    assert not write_protect_gfn(vm, 5)
+    assert not write_protect_gfn(vm, 6)
+
+
+@pytest.mark.parametrize(
+    ("params", "encrypted"),
+    [
+        ({"vendor": AMD, "c_bit": 45}, 1),
+        ({"vendor": AMD, "c_bit": 45, "forget": frozenset({"decrypt"})}, 0),
+        ({"vendor": AMD, "use": NPT}, 0),
+    ],
+)
+def test_destroy_vcpu_encrypts_again_what_was_decrypted(
+    params: dict[str, object], encrypted: int
+) -> None:
+    scene = Scene(0, **params)  # type: ignore[arg-type]
+    run(destroy_vcpu(scene.vcpu))
+    assert scene.vm.counts["encrypted"] == scene.vm.counts["decrypted"] == encrypted
 
 
 def test_a_child_of_a_directory_takes_its_quadrant_from_the_entrys_place() -> None:
