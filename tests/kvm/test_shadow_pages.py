@@ -22,6 +22,7 @@ from tdxlab.kvm.shadow_pages import (
     write_protect_gfn,
 )
 from tdxlab.kvm.shadow_params import AMD, DESIGNS, NPT, REVIEWED
+from tdxlab.kvm.shadow_roots import kvm_mmu_free_roots
 from tdxlab.kvm.shadow_run import destroy_vcpu, set_cr3, set_cr4, store
 from tdxlab.kvm.shadow_sync import get_shadow_page, sync_children, sync_page
 from tdxlab.kvm.shadow_vm import FREE_OBSOLETE_ROOTS, ShadowPage
@@ -315,6 +316,21 @@ def test_zap_page_of_a_root_asks_for_new_roots_once(design: str) -> None:
     run(zap_page(scene.vm, root))
     assert scene.vcpu.requests == frozenset()
     assert scene.vm.sps[root].is_invalid
+
+
+def test_drop_root_zaps_an_invalid_root_with_its_last_reference() -> None:
+    scene = mapped(design=REVIEWED, vcpus=2)
+    first, second = scene.vm.vcpus
+    assert scene.access(0x3000, vcpu=second).kind == "ok"
+    assert first.root == second.root
+    run(zap_page(scene.vm, first.root.hpa))
+    zapped = scene.vm.counts["sp_zapped"]
+    run(kvm_mmu_free_roots(first))
+    assert scene.vm.counts["sp_zapped"] == zapped
+    root = second.root.hpa
+    run(kvm_mmu_free_roots(second))
+    assert scene.vm.counts["sp_zapped"] == zapped + 1
+    assert root not in scene.vm.sps
 
 
 def test_write_protect_gfn_says_whether_a_leaf_could_write() -> None:
