@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator
 from errno import EBADF, EEXIST, EFAULT, EINTR, EINVAL, EIO, ENOMEM, EOPNOTSUPP
 
 from tdxlab.arch import PAGE_OFFSET_MASK, PAGE_SHIFT, WORDS_PER_PAGE
-from tdxlab.journal import Field, Fields, Journalled, Table, Words
+from tdxlab.journal import Row, Table, Words
 from tdxlab.kvm.folios import FOLIO_HPA, IN_USE, POISONED, PREPARED, Folio, Folios, as_folio
 from tdxlab.kvm.gmem_arch import GmemArch
 from tdxlab.kvm.invalidation import kvm_mmu_invalidate_begin, kvm_mmu_invalidate_end
@@ -48,18 +48,17 @@ PostPopulate = Callable[[int, int, int], Doing]
 _EVERYTHING = 1 << 52
 
 
-class GuestMemfds(Journalled):
+class GuestMemfds:
     """The guest_memfd files of one VM. A file's number is given when it is created.
 
     page_refs: by pfn, references that back ends hold beyond the file's own. orphans: pfn -> "its
     memory failed", of referenced pages that are in no file. arch: what is done to each page.
     """
 
-    _next = Field(0)
-
     def __init__(self, vm: Vm) -> None:
         self.vm = vm
-        self.fields = Fields(vm.journal, self)
+        #: files that were created
+        self._created = Row(vm.journal, 1)
         pfns = max(region.end for region in vm.memory.ram) >> PAGE_SHIFT
         self.page_refs = Words(vm.journal, pfns, typecode="H", sparse=True)
         self.page_refs.extent = 0
@@ -82,8 +81,8 @@ class GuestMemfds(Journalled):
         """
         if flags or size <= 0 or size & PAGE_OFFSET_MASK:
             return -EINVAL
-        number = self._next
-        self._next += 1
+        number = self._created.view[0]
+        self._created.put(0, number + 1)
         self._sizes.put(number, size >> PAGE_SHIFT)
         self._bindings.put(number, ())
         return number

@@ -23,7 +23,7 @@ LOCKING: dict[str, Step] = {mode: (f"{mode}_lock(mmu_lock)",) for mode in (READ,
 Locking = Generator[Step, None, None]
 
 
-class MmuLock(Journalled):
+class MmuLock:
     """One VM's mmu_lock.
 
     readers: how many hold it shared. written: somebody holds it exclusively. waiting: threads that
@@ -33,11 +33,10 @@ class MmuLock(Journalled):
 
     #: False for a lock that makes nobody wait.
     waits = True
-    waiting = Field(0)
 
     def __init__(self, journal: Journal) -> None:
-        self.fields = Fields(journal, self)
         self._holders = Row(journal, 2)  # readers; 1 if written
+        self._waiting = Row(journal, 1)
 
     @property
     def readers(self) -> int:
@@ -50,9 +49,14 @@ class MmuLock(Journalled):
         return self._holders.view[1] == 1
 
     @property
+    def waiting(self) -> int:
+        """How many wait for it."""
+        return self._waiting.view[0]
+
+    @property
     def is_contended(self) -> bool:
         """True if somebody waits for it."""
-        return self.waiting > 0
+        return self._waiting.view[0] > 0
 
     def held(self, mode: str) -> bool:
         """True if somebody holds it in `mode`; exclusively counts as shared too."""
@@ -67,12 +71,12 @@ class MmuLock(Journalled):
 
     def wait(self, mode: str) -> Locking:
         """Take it after a `try_lock` that failed; yields while it cannot."""
-        self.waiting += 1
+        self._waiting.put(0, self.waiting + 1)
         try:
             while not self.try_lock(mode):
                 yield (WAIT, "mmu_lock", mode)
         finally:
-            self.waiting -= 1
+            self._waiting.put(0, self.waiting - 1)
 
     def unlock(self, mode: str) -> None:
         """Let go of it."""
