@@ -103,7 +103,7 @@ class SeptWalker(Panel):
             for move in MOVES
         }
         for button in self.moves.values():
-            button.layout.padding = "0 2px"
+            button.layout.padding, button.style.text_color = "0 2px", "#212121"
         columns = {"grid_template_columns": "repeat(6, 1fr)", "width": "100%"}
         grid = ipywidgets.GridBox(list(self.moves.values()), layout=columns)
         return [ipywidgets.HBox([self.entry, self.retell]), grid]

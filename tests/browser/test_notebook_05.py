@@ -9,6 +9,7 @@ from tests.browser.lab_page import LabPage
 from tests.browser.panel_page import SHOTS, PanelPage
 
 NOTEBOOK = "05-races.ipynb"
+OUTLINE = "() => getComputedStyle(document.activeElement).outlineWidth"
 
 
 @pytest.fixture
@@ -44,13 +45,23 @@ def test_moves_keys_and_a_violation_show_what_python_counts(
     shown.press("tdxlab-back", " ", then="Next, ")
     here.back.click()
     assert shown.agrees_with(here)
+    assert shown.page.evaluate(OUTLINE) == "2px"
     find_a_violation(shown, here)
     assert_fits(shown)
 
 
-def test_the_panel_stands_where_the_cells_left_it(notebook: LabPage) -> None:
+def test_the_panel_stands_where_the_cells_left_it_and_plays_no_empty_tape(
+    notebook: LabPage,
+) -> None:
     shown = PanelPage(notebook.page)
     shown.click("tdxlab-back", then="Step 10 of 11")
+    shown.click("tdxlab-set-up", then="Step 0 of 0")
+    play = shown.part("tdxlab-play")
+    play.click()
+    shown.page.wait_for_function(
+        "play => !play.classList.contains('mod-active')", arg=play.element_handle()
+    )
+    shown.click("tdxlab-mover-0", then="Step 1 of 1")
 
 
 def find_a_violation(shown: PanelPage, here: RacePanel) -> None:
