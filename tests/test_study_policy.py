@@ -196,6 +196,8 @@ def test_plots_show_their_numbers() -> None:
     assert widths == [4, 0, 1, 5, 4, 2]
     assert sum(widths) == result.cost
     converted = run(AsQemu(), "teardown")
+    row = tables.result_row(converted)
+    assert (row.policy, row.cost, row.calls) == ("QEMU", converted.cost, converted.calls)
     bars = tables.plot_costs([converted], Figure().subplots())
     widths = [container.patches[0].get_width() for container in bars.containers]  # type: ignore[attr-defined]
     assert sum(widths) == converted.cost

@@ -13,8 +13,8 @@ from tdxlab.conversions import WRONG_CONVERSIONS
 from tdxlab.invariants import INVARIANTS
 from tdxlab.policies import WRONG_POLICIES, AllAtOnce, Batches, KernelPolicy, RegionFirst
 from tdxlab.policy import RULES, ZapPolicy
-from tdxlab.policy_results import AnyResult, ConversionResult, Result
-from tdxlab.policy_run import AnyPolicy, kernels_own, run
+from tdxlab.policy_results import AnyResult, AnyStanding, ConversionResult, standings
+from tdxlab.policy_run import AnyPolicy, Given, kernels_own, run
 from tdxlab.study import plots
 from tdxlab.study.palette import (
     BLACK,
@@ -91,8 +91,10 @@ class ResultRow(NamedTuple):
     broken: str
 
 
-def result_row(result: Result) -> ResultRow:
-    """A result in short."""
+def result_row(result: AnyResult) -> ResultRow | AnyStanding:
+    """A result in short; a conversion policy's is a row of a leaderboard of its own."""
+    if isinstance(result, ConversionResult):
+        return standings([[result]])[0]
     return ResultRow(
         result.policy,
         result.workload,
@@ -109,8 +111,8 @@ def result_row(result: Result) -> ResultRow:
 
 
 def result_rows(
-    policies: Sequence[ZapPolicy | type[ZapPolicy]], workload: str, gpaw: int
-) -> list[ResultRow]:
+    policies: Sequence[Given], workload: str, gpaw: int
+) -> list[ResultRow | AnyStanding]:
     """Several policies in one workload."""
     return [result_row(run(policy, workload, gpaw=gpaw)) for policy in policies]
 
