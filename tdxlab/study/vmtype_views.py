@@ -17,6 +17,8 @@ from tdxlab.study.zap_matrix import PAGES
 
 _CELL, _LEFT, _TOP, _ROW, _GAP = 20, 118, 34, 26, 18
 _SLOTS = (0, SIZE_2M >> PAGE_SHIFT)
+#: Rows of a table stand close, so that the panel fits a small screen.
+_TIGHT = 'style="padding:2px 8px"'
 
 PRIVATE = Look("private", GREEN, BLACK, "P", "")
 SHARED = Look("shared", ORANGE, BLACK, "S", "//")
@@ -95,19 +97,19 @@ def beliefs_html(lab: TypeLab) -> str:
     columns = {"flags now": vm.features._replace(pre_fault_allowed=vm.pre_fault_allowed)}
     columns |= {f"by {name}": way(kind) for name, way in WAYS.items() if name != "flags"}
     wrong = {f"by {name}": wrong_answers(kind, way) for name, way in WAYS.items()}
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("question", *columns))
+    head = "".join(f'<th scope="col" {_TIGHT}>{name}</th>' for name in ("question", *columns))
     body = ""
     for question in VmFeatures._fields:
         cells = "".join(
             _answer(getattr(answers, question), question in wrong.get(name, ()))
             for name, answers in columns.items()
         )
-        body += f'<tr><th scope="row">{question}</th>{cells}</tr>'
-    return f'<table style="font-size:12px"><tr>{head}</tr>{body}</table>'
+        body += f'<tr><th scope="row" {_TIGHT}>{question}</th>{cells}</tr>'
+    return f'<table style="font-size:12px;line-height:1.35"><tr>{head}</tr>{body}</table>'
 
 
 def _answer(said: bool, is_wrong: bool) -> str:
-    return f"<td>{'yes' if said else 'no'}{' <b>(wrong)</b>' if is_wrong else ''}</td>"
+    return f"<td {_TIGHT}>{'yes' if said else 'no'}{' <b>(wrong)</b>' if is_wrong else ''}</td>"
 
 
 def history_html(lab: TypeLab) -> str:
@@ -115,7 +117,9 @@ def history_html(lab: TypeLab) -> str:
     rows = lab.history()
     if not rows:
         return '<p style="line-height:1.4">nothing yet</p>'
-    return str(Table(rows)._repr_html_()).replace("<table>", '<table style="font-size:12px">')
+    return str(Table(rows)._repr_html_()).replace(
+        "<table>", '<table style="font-size:12px;line-height:1.35">'
+    )
 
 
 def plot_counts(numbers: dict[str, int], name: str, ax: Axes) -> Axes:
