@@ -187,16 +187,6 @@ def test_the_right_things_in_a_list_are_told_to_be_a_set(number: str) -> None:
     assert "in braces" in check(number, sorted(right)).text
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-@WIDTHS
-def test_seeds_give_variants_and_each_is_reproducible(number: str, gpaw: int) -> None:
-    questions = {variant(number, seed=seed, gpaw=gpaw).question for seed in range(8)}
-    assert len(questions) >= 4
-    assert (
-        variant(number, seed=3, gpaw=gpaw).question == variant(number, seed=3, gpaw=gpaw).question
-    )
-
-
 def test_numbers_are_written_in_hex() -> None:
     start = EXAMPLE_GFN << PAGE_SHIFT | 1 << 47
     answer = (start, start + 16 * 4096)

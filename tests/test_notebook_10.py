@@ -25,7 +25,6 @@ from tdxlab.study.teardown_lab import KEYID_FIRST, KEYID_LAST, RELEASE, Failure,
 from tests.exercise_checks import (
     accepted_wrongs,
     bad_advice,
-    different_questions,
     faults_of_check,
 )
 from tests.notebook_cells import changed_among, turns_red
@@ -226,11 +225,6 @@ def test_a_forgotten_phase_is_named() -> None:
     assert "twice" in check("10.1", right + 40).text
     assert "the root" in check("10.3", variant("10.3").answer + 1).text.lower()
     assert "each of them save" in check("10.2", 1 << 20).text
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_seeds_give_variants_and_each_is_reproducible(number: str) -> None:
-    assert different_questions(number) >= 4
 
 
 # -- the notebook's cells, run in this process

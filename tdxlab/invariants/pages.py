@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from tdxlab.arch import level_size
@@ -61,10 +62,11 @@ def pages_are_counted_right(picture: Picture) -> Iterator[str]:
     for td in picture.living():
         vcpu_pages = sum(vcpu.pages - 1 for vcpu in picture.vcpus_of(td))
         control = td.tdr_field(Tdr.NUM_TDCX) + vcpu_pages
-        counts = [("control pages", control, picture.pages(td, PT_TDCX))]
+        owned = Counter((row.page_type, row.size) for row in picture.owned[td.tdr])
+        leaves = Counter(link.sept_level for link in td.links if link.is_leaf)
+        counts = [("control pages", control, owned[PT_TDCX, 0])]
         for size, name in enumerate(SIZE_NAMES):
-            leaves = sum(link.is_leaf and link.sept_level == size for link in td.links)
-            counts.append((f"{name} leaves", leaves, picture.pages(td, PT_REG, size)))
+            counts.append((f"{name} leaves", leaves[size], owned[PT_REG, size]))
         for name, kept, counted in counts:
             if kept != counted:
                 yield f"{td} has {kept} {name}, and the PAMT has {counted} such pages of it"
@@ -81,12 +83,11 @@ def pages_in_use_belong_to_a_td(picture: Picture) -> Iterator[str]:
 
 def pages_are_represented_at_one_level(picture: Picture) -> Iterator[str]:
     """12: an entry in use has only free ones above it; big pages are PT_REG."""
-    used = {(row.size, row.hpa) for row in picture.rows if row.size and row.page_type != PT_NDA}
-    for row in picture.rows:
-        if row.page_type == PT_NDA:
-            continue
-        if row.size and row.page_type != PT_REG:
-            yield f"{name_of(row)} is bigger than 4 KiB and not PT_REG"
-        for size in range(row.size + 1, 3):
-            if (size, row.hpa & -level_size(size)) in used:
+    rows = [row for row in picture.rows if row.page_type != PT_NDA]
+    for size in (1, 2):
+        used, mask = {row.hpa for row in rows if row.size == size}, -level_size(size)
+        for row in rows:
+            if row.size == size and row.page_type != PT_REG:
+                yield f"{name_of(row)} is bigger than 4 KiB and not PT_REG"
+            elif row.size < size and row.hpa & mask in used:
                 yield f"{name_of(row)} lies in a page that is in use as {SIZE_NAMES[size]}"

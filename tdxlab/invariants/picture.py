@@ -148,11 +148,6 @@ class Picture:
         """KVM's VMs."""
         return [] if self.host is None else self.host.vms
 
-    def pages(self, td: TdPicture, page_type: int, size: int = 0) -> int:
-        """How many pages of one type and size the TD owns."""
-        owned = self.owned[td.tdr]
-        return sum((row.page_type, row.size) == (page_type, size) for row in owned)
-
     def vcpus_of(self, td: TdPicture) -> list[VcpuPicture]:
         """The TD's vCPUs, initialised or not."""
         return [vcpu for vcpu in self.vcpus.values() if vcpu.tdr == td.tdr]
