@@ -228,15 +228,25 @@ def test_a_shared_page_that_is_made_private_unasked_loses_its_data() -> None:
 def test_a_page_that_another_vcpu_uses_must_not_be_taken(takes: Take, seed: int) -> None:
     def convert(vmm: ConvertingVmm, request: Request) -> None:
         AsQemu().convert(vmm, request)
-        try:  # noqa: SIM105
-            takes(vmm, 513, 1)
-        except:  # noqa: E722
-            pass
+        takes(vmm, 513, 1)
 
     violation = run(policy(convert), THERE_AND_BACK, seed=seed).violation
     assert violation is not None
     assert violation.rule == "alive"
     assert "of gfns 0x201..0x201 took 0x201" in violation.explanation
+
+
+def test_a_bare_except_does_not_hide_that_a_page_in_use_was_taken() -> None:
+    def convert(vmm: ConvertingVmm, request: Request) -> None:
+        while True:
+            try:  # noqa: SIM105
+                share(vmm, 513, 1)
+            except:  # noqa: E722
+                pass
+
+    violation = broken(convert)
+    assert violation.rule == "alive"
+    assert "KVM exited for a page that a vCPU uses, gfn 0x201" in violation.explanation
 
 
 @pytest.mark.parametrize(
