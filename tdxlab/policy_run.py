@@ -84,8 +84,9 @@ def run(
     """Let `policy` do all zaps of a workload, or answer all conversions, on a machine of its own.
 
     policy: an object, of which a copy is used, or its class. workload: or its name. seed: of the
-    vCPUs' pace; 0: one step for each of KVM's. watch: told of each call of the policy
-    when it is done, and of each event that begins, as an Op in lower-case letters.
+    vCPUs' pace; 0: one step for each of KVM's. watch: told of each call of the policy when it is
+    done, of each request to convert before that, and of each event that begins, as an Op in
+    lower-case letters.
     Refuses what is no policy, an unknown workload, another GPAW: ValueError.
     """
     policy, workload = own(policy), _loaded(workload)
