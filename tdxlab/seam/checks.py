@@ -306,10 +306,15 @@ def begin_mem(
     lock_page(call, tdr, OPERAND_ID_RDX, PT_TDR)  # as lock_tdr, called less deeply
     td = Td(memory, tdr)
     open_tdcs(call, td)
-    view = memory.words.view
-    eptp = view[td.tdcs + _EPTP]
-    gpa, sept_level = page_info(operand, lowest, eptp >> 3 & 7 if highest is None else highest)
-    if gpa >> 47 and not is_private_gpa(gpa, view[td.tdcs + _GPAW]):
+    view, tdcs = memory.words.view, td.tdcs
+    eptp = view[tdcs + _EPTP]
+    sept_level = operand & _LEVEL_MASK  # from here on as page_info, called less deeply
+    gpa = operand - sept_level
+    if highest is None:
+        highest = eptp >> 3 & 7
+    if gpa & _NO_GPA[sept_level] or not lowest <= sept_level <= highest:
+        raise Refused(INVALID_RCX)
+    if gpa >> 47 and not is_private_gpa(gpa, view[tdcs + _GPAW]):
         raise Refused(INVALID_RCX)
     lock_sept_tree(call, td, exclusive)
     place = sept.walk(memory, eptp, gpa, sept_level)
