@@ -21,10 +21,11 @@ from errno import ENOMEM
 from tdxlab.kvm.locks import WRITE
 from tdxlab.kvm.pae_guest import guest_root_gfn, snapshot_pdptrs
 from tdxlab.kvm.pae_pdpte import PDPTES, make_root_pdpte, pdpte_index
-from tdxlab.kvm.pae_special import PAE_ROOT_PAGE, Doing, Work
+from tdxlab.kvm.pae_special import Doing, Work
 from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.shadow_pages import (
     TABLE_PAGE,
+    alloc_pae_root_page,
     drop_root,
     find_page,
     free_pae_root_page,
@@ -72,12 +73,9 @@ class HeaderRoot:
         if vcpu.pae_root_cache != NO_PAGE:
             return 0
         yield ("mmu_topup_pae_root_cache",)
-        hpa = vm.pages.alloc_page(PAE_ROOT_PAGE, below_4g=True)
+        hpa = alloc_pae_root_page(vm)
         if hpa == NO_PAGE:
             return -ENOMEM
-        vm.count("roots_allocated")
-        if not vm.params.tdp_enabled and "decrypt" not in vm.params.forget:
-            vm.set_memory_decrypted(hpa)
         vm.fill_table(hpa, 0)
         vcpu.pae_root_cache = hpa
         for index in range(PDPTES if vm.default_pdpte else 0):

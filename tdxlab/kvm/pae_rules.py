@@ -10,11 +10,10 @@ from collections.abc import Iterator
 
 from tdxlab.arch import PAGE_OFFSET_MASK
 from tdxlab.kvm.pae_pdpte import INVALID_PAE_ROOT, PDPTES, reserved_bits_set
-from tdxlab.kvm.pae_special import PAE_ROOT_PAGE
 from tdxlab.kvm.pae_zones import SIZE_4G
 from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.role import Role
-from tdxlab.kvm.shadow_pages import empty_value
+from tdxlab.kvm.shadow_pages import PAE_ROOT_PAGE, empty_value
 from tdxlab.kvm.shadow_params import NESTED, ShadowRole
 from tdxlab.kvm.shadow_roots import design_of
 from tdxlab.kvm.shadow_vm import ShadowPage, ShadowVcpu, ShadowVm

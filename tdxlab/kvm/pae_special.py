@@ -31,13 +31,17 @@ from tdxlab.kvm.pae_pdpte import (
 )
 from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.role import Role
-from tdxlab.kvm.shadow_pages import drop_root, free_pae_root_page, hold_root
+from tdxlab.kvm.shadow_pages import (
+    PAE_ROOT_PAGE,
+    alloc_pae_root_page,
+    drop_root,
+    free_pae_root_page,
+    hold_root,
+)
 from tdxlab.kvm.shadow_params import NESTED
 from tdxlab.kvm.shadow_sync import get_shadow_page, sync_children
 from tdxlab.kvm.shadow_vm import FREE_OBSOLETE_ROOTS, ShadowPage, ShadowVcpu
 from tdxlab.steps import Step
-
-PAE_ROOT_PAGE = "PAE root"
 
 Work = Generator[Step, None, int]
 Doing = Generator[Step, None, None]
@@ -54,12 +58,9 @@ class SpecialRoot:
         vm = vcpu.vm
         if vm.params.use == NESTED:
             return 0
-        hpa = vm.pages.alloc_page(PAE_ROOT_PAGE, below_4g=True)
+        hpa = alloc_pae_root_page(vm)
         if hpa == NO_PAGE:
             return -ENOMEM
-        vm.count("roots_allocated")
-        if not vm.params.tdp_enabled and "decrypt" not in vm.params.forget:
-            vm.set_memory_decrypted(hpa)
         vcpu.pae_root = hpa
         for index in range(PDPTES):
             vm.write(hpa + 8 * index, INVALID_PAE_ROOT)

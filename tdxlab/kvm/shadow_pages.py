@@ -22,7 +22,7 @@ from tdxlab.kvm.shadow_vm import FREE_OBSOLETE_ROOTS, ShadowPage, ShadowVcpu, Sh
 from tdxlab.kvm.spte import SHADOW_NONPRESENT_VALUE, SPTE_MMU_PRESENT_MASK
 from tdxlab.kvm.tdp_set import HostBug
 
-TABLE_PAGE = "shadow page"
+TABLE_PAGE, PAE_ROOT_PAGE = "shadow page", "PAE root"
 
 _PAE_ROOT = ShadowRole.pae_root.mask
 
@@ -312,6 +312,16 @@ def free_shadow_page(vm: ShadowVm, sp: ShadowPage) -> None:
         free_pae_root_page(vm, sp.spt)
     else:
         vm.pages.free_page(sp.spt)
+
+
+def alloc_pae_root_page(vm: ShadowVm) -> int:
+    """HPA of a page below 4 GiB for a PAE root, decrypted if TDP is off; NO_PAGE without one."""
+    hpa = vm.pages.alloc_page(PAE_ROOT_PAGE, below_4g=True)
+    if hpa != NO_PAGE:
+        vm.count("roots_allocated")
+        if not vm.params.tdp_enabled and "decrypt" not in vm.params.forget:
+            vm.set_memory_decrypted(hpa)
+    return hpa
 
 
 def free_pae_root_page(vm: ShadowVm, hpa: int) -> None:
