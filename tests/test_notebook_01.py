@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tdxlab.study.gpa_split import EXAMPLE_GFN, EXAMPLE_GPA, Split
 from tdxlab.study.panel_gpa import GpaSplitter
 from tests.exercise_checks import accepted_wrongs, faults_of_check
 from tests.notebook_cells import code_cells, shown_by, turns_red
+from tests.panel_checks import missing_from_output, story_faults
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "01-guest-addresses.ipynb"
 WIDTHS = pytest.mark.parametrize("gpaw", [48, 52])
@@ -43,17 +44,19 @@ def panel() -> GpaSplitter:
 @WIDTHS
 def test_state_is_a_function_of_the_position(gpaw: int) -> None:
     panel = GpaSplitter(gpaw=gpaw)
-    seen = [panel.text()]
-    while panel.tape.position < len(panel.tape):
-        panel.step.click()
-        assert panel.error == ""
-        seen.append(panel.text())
-    assert len(seen) == len(set(seen)) == 12
-    for place in random.Random(1).choices(range(12), k=20):
-        panel.scrub.value = place
-        assert panel.text() == seen[place]
-    panel.reset.click()
-    assert panel.text() == seen[0]
+    assert len(panel.tape) == 11
+    assert story_faults(panel, seed=1, places=20) == []
+
+
+def test_a_story_that_looks_the_same_or_different_again_is_noticed(
+    panel: GpaSplitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GpaSplitter, "text", lambda self: "the same")
+    assert story_faults(panel, seed=1, places=1) == ["two positions look the same"]
+    moment = count()
+    monkeypatch.setattr(GpaSplitter, "text", lambda self: str(next(moment)))
+    found = story_faults(panel, seed=1, places=1)
+    assert [fault.partition(" ")[0] for fault in found] == ["position", "the"]
 
 
 def panel_faults(gpaw: int = 48) -> list[str]:
@@ -152,10 +155,7 @@ def test_kvm_table_compares_with_the_other_width(panel: GpaSplitter) -> None:
 
 
 def test_bundle_has_the_widget_a_picture_and_the_text(panel: GpaSplitter) -> None:
-    bundle = panel._repr_mimebundle_()
-    assert bundle["text/plain"] == panel.text()
-    assert bundle["image/png"].startswith("iVBOR")
-    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"]
+    assert missing_from_output(panel) == []
 
 
 # -- the exercises

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from tdxlab.study.mirror_views import EXTERNAL_HEADING, MIRROR_HEADING
 from tdxlab.study.panel_mirror import MirrorPanel
 from tests.exercise_checks import accepted_wrongs, faults_of_check
 from tests.notebook_cells import turns_red
+from tests.panel_checks import missing_from_output, story_faults
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "04-the-mirror.ipynb"
 NUMBERS = [exercise.number for exercise in EXERCISES]
@@ -53,17 +53,7 @@ def numbers(panel: MirrorPanel, *names: str) -> tuple[int, ...]:
 def test_the_story_can_be_walked_and_scrubbed(gpaw: int, length: int) -> None:
     panel = MirrorPanel(gpaw=gpaw)
     assert (panel.tape.position, len(panel.tape)) == (0, length)
-    seen = [panel.text()]
-    while panel.tape.position < length:
-        panel.step.click()
-        assert panel.error == ""
-        seen.append(panel.text())
-    assert len(set(seen)) == length + 1
-    for place in random.Random(4).choices(range(length + 1), k=8):
-        panel.scrub.value = place
-        assert panel.text() == seen[place]
-    panel.reset.click()
-    assert panel.text() == seen[0]
+    assert story_faults(panel, seed=4, places=8) == []
 
 
 def test_fault_goes_through_its_stages_in_order(panel: MirrorPanel) -> None:
@@ -196,9 +186,7 @@ def test_views_have_labels_that_say_what_they_show(panel: MirrorPanel) -> None:
 
 
 def test_bundle_has_the_widget_a_picture_and_the_text(panel: MirrorPanel) -> None:
-    bundle = panel._repr_mimebundle_()
-    assert bundle["text/plain"] == panel.text()
-    assert bundle["image/png"].startswith("iVBOR")
+    assert missing_from_output(panel) == []
 
 
 # -- the exercises

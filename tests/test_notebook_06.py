@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tdxlab.study.panel_shared import SharedPanel
 from tdxlab.study.shared_lab import VM
 from tests.exercise_checks import accepted_wrongs, faults_of_check
 from tests.notebook_cells import code_cells, shown_by, turns_red
+from tests.panel_checks import missing_from_output, story_faults
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "06-shared-memory.ipynb"
 WRONG: dict[str, list[Any]] = {
@@ -59,17 +59,7 @@ def panel(_made: SharedPanel) -> SharedPanel:
 def test_the_story_can_be_gone_through_and_scrubbed(gpaw: int) -> None:
     panel = SharedPanel(gpaw=gpaw)
     assert (panel.tape.position, len(panel.tape)) == (0, STORY)
-    seen = [panel.text()]
-    while panel.tape.position < STORY:
-        panel.step.click()
-        assert panel.error == ""
-        seen.append(panel.text())
-    assert len(set(seen)) == STORY + 1
-    for place in random.Random(6).choices(range(STORY + 1), k=12):
-        panel.scrub.value = place
-        assert panel.text() == seen[place]
-    panel.reset.click()
-    assert panel.text() == seen[0]
+    assert story_faults(panel, seed=6, places=12) == []
 
 
 def test_buttons_act_on_the_chosen_page_and_end_the_story(panel: SharedPanel) -> None:
@@ -172,10 +162,7 @@ def test_drawing_leaves_the_machine_where_it_was(panel: SharedPanel) -> None:
 
 
 def test_bundle_has_the_widget_a_picture_and_the_text(panel: SharedPanel) -> None:
-    bundle = panel._repr_mimebundle_()
-    assert bundle["text/plain"] == panel.text()
-    assert bundle["image/png"].startswith("iVBOR")
-    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"]
+    assert missing_from_output(panel) == []
 
 
 # -- the exercises

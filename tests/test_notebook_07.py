@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tdxlab.study.exercises_07 import EXERCISES
 from tdxlab.study.panel_convert import ConvertPanel
 from tests.exercise_checks import accepted_wrongs, faults_of_check
 from tests.notebook_cells import code_cells, shown_by, turns_red
+from tests.panel_checks import missing_from_output, story_faults
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "07-converting-memory.ipynb"
 WRONG: dict[str, list[Any]] = {
@@ -49,17 +49,7 @@ def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_story_can_be_gone_through_and_scrubbed(gpaw: int, length: int) -> None:
     panel = ConvertPanel(gpaw=gpaw)
     assert (panel.tape.position, len(panel.tape)) == (0, length)
-    seen = [panel.text()]
-    while panel.tape.position < length:
-        panel.step.click()
-        assert panel.error == ""
-        seen.append(panel.text())
-    assert len(set(seen)) == length + 1
-    for place in random.Random(7).choices(range(length + 1), k=12):
-        panel.scrub.value = place
-        assert panel.text() == seen[place]
-    panel.reset.click()
-    assert panel.text() == seen[0]
+    assert story_faults(panel, seed=7, places=12) == []
 
 
 def test_convert_acts_on_the_chosen_pages_and_ends_the_story(panel: ConvertPanel) -> None:
@@ -137,10 +127,7 @@ def test_drawing_leaves_the_machine_where_it_was(panel: ConvertPanel) -> None:
 
 
 def test_bundle_has_the_widget_a_picture_and_the_text(panel: ConvertPanel) -> None:
-    bundle = panel._repr_mimebundle_()
-    assert bundle["text/plain"] == panel.text()
-    assert bundle["image/png"].startswith("iVBOR")
-    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"]
+    assert missing_from_output(panel) == []
 
 
 # -- the exercises

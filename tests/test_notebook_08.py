@@ -23,6 +23,7 @@ from tdxlab.study.exercises import Variant
 from tdxlab.study.exercises_08 import EXERCISES
 from tdxlab.study.panel_epoch import STORY, EpochPanel
 from tests.notebook_cells import turns_red
+from tests.panel_checks import maps_with_words, missing_from_output
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "08-tlb-tracking.ipynb"
 WIDTHS = pytest.mark.parametrize("gpaw", [48, 52])
@@ -136,13 +137,8 @@ def test_the_page_goes_without_a_kick_while_two_vcpus_are_inside() -> None:
 
 
 def test_views_have_words_for_those_who_do_not_see_them(panel: EpochPanel) -> None:
-    views = panel.views()
-    maps = [view for view in views.values() if "<svg" in view]
-    assert len(maps) == 2
-    assert all('role="img"' in view and "aria-label=" in view for view in maps)
-    bundle = panel._repr_mimebundle_()
-    assert bundle["text/plain"] == panel.text()
-    assert bundle["image/png"].startswith("iVBOR")
+    assert maps_with_words(panel) == [True, True]
+    assert missing_from_output(panel) == []
 
 
 # -- the exercises

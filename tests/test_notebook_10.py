@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from tests.exercise_checks import (
     faults_of_check,
 )
 from tests.notebook_cells import changed_among, turns_red
+from tests.panel_checks import maps_with_words, missing_from_output, story_faults
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "10-teardown.ipynb"
 WIDTHS = pytest.mark.parametrize("gpaw", [48, 52])
@@ -60,17 +60,7 @@ def test_state_is_a_function_of_the_position(gpaw: int) -> None:
     panel.order.value, panel.leaf.value, panel.n.value = KEYID_FIRST, "TDH.PHYMEM.PAGE.RECLAIM", 2
     panel.pages.value = panel.vcpus.value = panel.packages.value = 1
     panel.run.click()
-    seen = [panel.text()]
-    while panel.tape.position < len(panel.tape):
-        panel.step.click()
-        assert panel.error == ""
-        seen.append(panel.text())
-    assert len(seen) == len(set(seen)) == len(panel.tape) + 1
-    for place in random.Random(1).choices(range(len(seen)), k=8):
-        panel.scrub.value = place
-        assert panel.text() == seen[place]
-    panel.reset.click()
-    assert panel.text() == seen[0]
+    assert story_faults(panel, seed=1, places=8) == []
     panel.back.click()
     assert "beginning" in panel.error
 
@@ -177,13 +167,8 @@ def test_numbers_are_those_of_the_machine(panel: TeardownPanel) -> None:
 
 
 def test_views_have_words_for_those_who_do_not_see_them(panel: TeardownPanel) -> None:
-    views = panel.views()
-    maps = [view for view in views.values() if "<svg" in view]
-    assert len(maps) == 2
-    assert all('role="img"' in view and "aria-label=" in view for view in maps)
-    bundle = panel._repr_mimebundle_()
-    assert bundle["text/plain"] == panel.text()
-    assert bundle["image/png"].startswith("iVBOR")
+    assert maps_with_words(panel) == [True, True]
+    assert missing_from_output(panel) == []
 
 
 # -- the exercises
