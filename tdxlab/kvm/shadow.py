@@ -27,7 +27,7 @@ from tdxlab.kvm.page_fault import (
     RET_PF_WRITE_PROTECTED,
 )
 from tdxlab.kvm.pages import NO_PAGE
-from tdxlab.kvm.role import ACC_ALL, Role
+from tdxlab.kvm.role import Role
 from tdxlab.kvm.shadow_pages import (
     child_role,
     commit_zap_page,
@@ -141,8 +141,7 @@ def _child_key(
     vm = vcpu.vm
     parent, index = vm.sps[sptep & ~PAGE_OFFSET_MASK], (sptep & PAGE_OFFSET_MASK) // 8
     direct = level <= walk.level
-    access = walk.access if direct else ACC_ALL
-    gfn = walk.gfn & -(1 << 9 * (level - 1))
+    access, gfn = walk.access, walk.gfn & -(1 << 9 * (level - 1))
     if not direct:
         gfn = _table_gfn(vcpu, walk, level, index)
         access = walk.step(level - 1).access
@@ -221,7 +220,7 @@ def kvm_mmu_invalidate_addr(vcpu: ShadowVcpu, va: int) -> Generator[Step, None, 
     yield from vm.mmu_lock.lock(WRITE)
     try:
         sptep = shadow_leaf(vcpu, va)
-        sp = vm.sp_of_entry(sptep) if sptep else None
+        sp = vm.sp_of_entry(sptep)
         if sp is not None and sp.unsync and sptep in vm.leaves and sync_spte(vcpu, sp, sptep):
             vm.flush_remote_tlbs()
     finally:
@@ -240,7 +239,7 @@ def shadow_leaf(vcpu: ShadowVcpu, va: int) -> int:
             return 0
         level -= 1
         sptep = vm.address(entry) + 8 * (va >> PAGE_SHIFT + 9 * (level - 1) & 511)
-    return sptep if level else 0
+    return sptep
 
 
 # -- the host takes things away
@@ -282,7 +281,7 @@ def kvm_mmu_zap_all_fast(vm: ShadowVm) -> Generator[Step, None, None]:
     vm.make_all_cpus_request(FREE_OBSOLETE_ROOTS)
     yield ("kvm_zap_obsolete_pages", vm.mmu_valid_gen)
     for spt in list(vm.sps):
-        if spt in vm.sps and not vm.sps[spt].is_invalid:
+        if not vm.sps[spt].is_invalid:
             prepare_zap_page(vm, vm.sps[spt], invalid)
     commit_zap_page(vm, invalid)
     vm.mmu_lock.unlock(WRITE)

@@ -22,7 +22,7 @@ from tdxlab.kvm.shadow_run import EMULATED, GUEST_FAULT, OK, set_cr3, store
 from tdxlab.steps import run
 
 ALL = pytest.mark.parametrize("design", DESIGNS)
-DIRECTORY, TABLE = 0x2000, 0x3000
+DIRECTORY, TABLE, LARGE = 0x2000, 0x3000, 0x80
 
 
 def mapped(design: str = RFC) -> Scene:
@@ -103,6 +103,37 @@ def test_shadow_leaf_is_0_where_tables_do_not_lead(design: str) -> None:
     assert shadow_leaf(scene.vcpu, 0x3000) == 0
 
 
+def test_shadow_leaf_is_0_before_a_nested_guest_has_a_root() -> None:
+    assert shadow_leaf(Scene(2, vendor=AMD, use=NESTED).vcpu, 0x3000) == 0
+
+
+def test_fetch_of_a_leaf_that_becomes_writable_flushes_nothing() -> None:
+    scene = mapped()
+    scene.access(0x3000)
+    before = scene.vm.counts
+    assert scene.access(0x3000, write=True).kind == OK
+    assert rise(scene, before, "remote_tlb_flush", "pf_fixed") == [0, 1]
+
+
+def test_fetch_keeps_tables_that_are_linked_whatever_each_page_allows() -> None:
+    scene = mapped()
+    scene.put(TABLE, 5, 0x6005)
+    scene.access(0x3000, write=True)
+    before = scene.vm.counts
+    for va in (0x4000, 0x5000):
+        assert scene.access(va).kind == OK
+    assert rise(scene, before, "sp_created", "remote_tlb_flush", "pf_fixed") == [0, 0, 2]
+
+
+def test_fetch_keeps_the_table_of_a_large_page_whose_access_is_the_same() -> None:
+    scene = mapped()
+    scene.put(DIRECTORY, 1, LARGE | RWU | 0x60)
+    scene.access(0x40_0000)
+    before = scene.vm.counts
+    assert scene.access(0x40_1000, write=True).kind == OK
+    assert rise(scene, before, "sp_created", "remote_tlb_flush", "pf_fixed") == [0, 0, 1]
+
+
 # -- stores
 
 
@@ -127,6 +158,47 @@ def test_guest_store_of_part_of_an_entry_frees_the_pages_after_one_flush() -> No
     assert not pages & set(scene.vm.pages.in_use)
     assert rise(scene, before, "remote_tlb_flush") == [1]
     assert complaints(scene.vm) == []
+
+
+def pae_guest() -> Scene:
+    """A PAE guest that has used the first page of two entries of its directory."""
+    scene = Scene(3, cr3=0x9000, design=RFC)
+    scene.put(0x9000, 0, DIRECTORY | 1)
+    for entry in (5, 6):
+        scene.put(DIRECTORY, entry, TABLE | RWU)
+    scene.put(TABLE, 0, 0x5000 | RWU)
+    scene.turn_on()
+    for entry in (5, 6):
+        assert scene.access(entry << 21).kind == OK
+    return scene
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 8), (0, 4), (4, 4)])
+def test_guest_store_into_one_entry_of_8_bytes_takes_that_one_away(offset: int, size: int) -> None:
+    scene = pae_guest()
+    before = scene.vm.counts
+    assert run(guest_store(scene.vcpu, DIRECTORY + 5 * 8 + offset, 0, size)) == "emulated"
+    assert rise(scene, before, "sp_zapped", "remote_tlb_flush") == [0, 1]
+    assert [bool(shadow_leaf(scene.vcpu, entry << 21)) for entry in (5, 6)] == [False, True]
+
+
+@pytest.mark.parametrize(("offset", "size"), [(6, 4), (0, 2)])
+def test_guest_store_across_entries_of_8_bytes_takes_the_page_away(offset: int, size: int) -> None:
+    scene = pae_guest()
+    assert run(guest_store(scene.vcpu, DIRECTORY + 5 * 8 + offset, 0, size)) == "emulated"
+    assert [bool(shadow_leaf(scene.vcpu, entry << 21)) for entry in (5, 6)] == [False, False]
+
+
+def test_invalidate_addr_of_what_is_not_mapped_does_nothing() -> None:
+    scene = mapped()
+    before = scene.vm.counts
+    run(kvm_mmu_invalidate_addr(scene.vcpu, 0x3000))
+    scene.access(0x3000)
+    run(kvm_mmu_invalidate_addr(scene.vcpu, 0x40_3000))
+    run(kvm_mmu_invalidate_addr(scene.vcpu, 0x3000))
+    assert scene.guest_put(TABLE, 9, 0x7000 | RWU) == "direct"
+    run(kvm_mmu_invalidate_addr(scene.vcpu, 0x9000))
+    assert rise(scene, before, "synced", "remote_tlb_flush") == [0, 0]
 
 
 @pytest.mark.parametrize(("entry", "kind"), [(0x5000, OK), (DIRECTORY, EMULATED)])
