@@ -53,6 +53,9 @@ PUNCH, DISCARD, PRE_FAULT = "PUNCH", "DISCARD", "PRE-FAULT"
 #: Ops whose `level` is a number of pages.
 PAGES_OPS = frozenset((MAPGPA, FAULT, SET_PRIVATE, SET_SHARED, PUNCH, DISCARD, PRE_FAULT))
 
+#: What memory a gfn has: of guest_memfd, of the VMM's own, both.
+PRIVATE_PAGE, SHARED_PAGE, TWICE = "private", "shared", "twice"
+
 
 class Request(NamedTuple):
     """What KVM came to the VMM with. gfn, pages: which. private: the kind that they are to be.
@@ -242,3 +245,22 @@ class ConvertingVmm:
 
 def _kind(private: bool) -> str:
     return "private" if private else "shared"
+
+
+def memory_of(td: Td) -> dict[int, str]:
+    """Gfn -> PRIVATE_PAGE, SHARED_PAGE or TWICE, for all that have memory."""
+    found: dict[int, str] = {}
+    for backing in td.backings:
+        first = backing.gpa >> PAGE_SHIFT
+        if td.guest_memory.is_open(backing.gmem):
+            pages = td.guest_memory.pages(backing.gmem)
+            found |= dict.fromkeys((first + index for index in pages), PRIVATE_PAGE)
+        for hva in td.user_memory.resident(backing.hva, backing.hva + backing.size):
+            gfn = first + (hva - backing.hva >> PAGE_SHIFT)
+            found[gfn] = TWICE if gfn in found else SHARED_PAGE
+    return found
+
+
+def doubles(td: Td) -> int:
+    """How many gfns take memory twice."""
+    return sum(kind == TWICE for kind in memory_of(td).values())

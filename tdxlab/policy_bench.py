@@ -31,6 +31,7 @@ from tdxlab.conversion import (
     ConversionTally,
     ConvertingVmm,
     Request,
+    doubles,
 )
 from tdxlab.invariants import Watch
 from tdxlab.kvm.batching import Blocked
@@ -226,7 +227,7 @@ class ConversionBench(Bench):
         self._vmm = ConvertingVmm(self.td, self.tally, self.let_run, self.note)
         self._lost: Violation | None = None
         self._stores = 0
-        #: gfn -> what the guest has written there
+        #: gfn -> what the guest has written there; a page that it has accepted has zeros
         self._written = dict.fromkeys(range(PAGES, PAGES + workload.vcpus), b"\1")
         self._is_converting = False
         #: it is vCPU 0 that moves
@@ -268,6 +269,8 @@ class ConversionBench(Bench):
             for gfn in gfns:
                 self._written.pop(gfn, None)
             yield self.asking(event)
+        if event.do == PRIVATE:
+            self._written.update(dict.fromkeys(gfns, bytes(8)))
         if event.do in (SHARED, TOUCH):
             for gfn in gfns:
                 self._stores += 1
@@ -356,29 +359,6 @@ class ConversionBench(Bench):
 
 #: vCPU 0 is about to enter.
 _ENTRY: Step = ("vcpu_enter_guest", 0)
-
-
-#: What memory a gfn has: of guest_memfd, of the VMM's own, both.
-PRIVATE_PAGE, SHARED_PAGE, TWICE = "private", "shared", "twice"
-
-
-def memory_of(td: Td) -> dict[int, str]:
-    """Gfn -> PRIVATE_PAGE, SHARED_PAGE or TWICE, for all that have memory."""
-    found: dict[int, str] = {}
-    for backing in td.backings:
-        first = backing.gpa >> PAGE_SHIFT
-        if td.guest_memory.is_open(backing.gmem):
-            pages = td.guest_memory.pages(backing.gmem)
-            found |= dict.fromkeys((first + index for index in pages), PRIVATE_PAGE)
-        for hva in td.user_memory.resident(backing.hva, backing.hva + backing.size):
-            gfn = first + (hva - backing.hva >> PAGE_SHIFT)
-            found[gfn] = TWICE if gfn in found else SHARED_PAGE
-    return found
-
-
-def doubles(td: Td) -> int:
-    """How many gfns take memory twice."""
-    return sum(kind == TWICE for kind in memory_of(td).values())
 
 
 def zapper(tdx: Tdx, policy: ZapPolicy, around: Surroundings) -> MirrorZapper:

@@ -10,7 +10,7 @@ import pytest
 from tdxlab import policy_bench
 from tdxlab.abi.leaves import TDH_MEM_RANGE_BLOCK
 from tdxlab.arch import PAGE_SIZE
-from tdxlab.conversion import ConversionPolicy, ConvertingVmm, Request
+from tdxlab.conversion import ConversionPolicy, ConvertingVmm, Request, memory_of
 from tdxlab.conversions import (
     CONVERSION_POLICIES,
     WRONG_CONVERSIONS,
@@ -236,6 +236,19 @@ def test_a_page_that_another_vcpu_uses_must_not_be_taken(takes: Take, seed: int)
     assert "of gfns 0x201..0x201 took 0x201" in violation.explanation
 
 
+def test_a_page_that_was_accepted_and_not_used_yet_must_not_be_taken() -> None:
+    events = workload(Event("shared", 2, 4), Event("private", 2, 4), Event("shared", 8, 2))
+
+    def convert(vmm: ConvertingVmm, request: Request) -> None:
+        AsQemu().convert(vmm, request)
+        if request.gfn == 8:
+            vmm.punch(5, 1)
+
+    violation = broken(convert, events)
+    assert violation.rule == "alive"
+    assert "PUNCH of gfns 0x5..0x5 took 0x5" in violation.explanation
+
+
 def test_a_bare_except_does_not_hide_that_a_page_in_use_was_taken() -> None:
     def convert(vmm: ConvertingVmm, request: Request) -> None:
         while True:
@@ -372,7 +385,7 @@ def test_a_vmm_without_a_policy_converts_as_before() -> None:
     td.convert(0, 4 << 12, to="private")
     td.touch(0, 4 << 12)
     assert policy_bench.doubles(td) == 2
-    kinds = policy_bench.memory_of(td)
+    kinds = memory_of(td)
     assert [kinds[gfn] for gfn in range(4)] == ["twice", "twice", "private", "private"]
 
 

@@ -17,11 +17,10 @@ import ipywidgets
 from matplotlib.figure import Figure
 
 from tdxlab import workloads
-from tdxlab.conversion import PAGES_OPS
+from tdxlab.conversion import PAGES_OPS, TWICE
 from tdxlab.conversions import CONVERSION_POLICIES, WRONG_CONVERSIONS
 from tdxlab.policies import POLICIES, WRONG_POLICIES
 from tdxlab.policy import ZapPolicy
-from tdxlab.policy_bench import TWICE
 from tdxlab.policy_results import AnyResult, ConversionResult
 from tdxlab.policy_run import AnyPolicy, Given, own
 from tdxlab.study import plots

@@ -14,13 +14,12 @@ from typing import NamedTuple
 
 from tdxlab import policy_run, views
 from tdxlab.arch import PAGE_SHIFT, SIZE_2M
-from tdxlab.conversion import PAGES_OPS, ConversionTally
+from tdxlab.conversion import PAGES_OPS, ConversionTally, memory_of
 from tdxlab.kvm.blocked import is_blocked_spte
 from tdxlab.kvm.spte import is_present_leaf
 from tdxlab.kvm.tdp_iter import for_each_tdp_pte
 from tdxlab.kvm.vm import OUTSIDE_GUEST_MODE
 from tdxlab.policy import Op, Tally
-from tdxlab.policy_bench import memory_of
 from tdxlab.policy_results import AnyResult
 from tdxlab.policy_run import Given
 from tdxlab.seam.rules import SEPT_STATE_BY_BITS, SEPT_STATE_MASK
@@ -38,7 +37,7 @@ FREE, CLOSED = "FREE", "NL_BLOCKED"
 
 class Page(NamedTuple):
     """A page in both trees. mirror: EMPTY, MAPPED, BLOCKED. external: state of its S-EPT entry.
-    memory: as in `policy_bench.memory_of`, "" for none; not looked at while a zap goes on.
+    memory: as in `conversion.memory_of`, "" for none; not looked at while a zap goes on.
     """
 
     mirror: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tdxlab.policy_bench import PRIVATE_PAGE, SHARED_PAGE, TWICE
+from tdxlab.conversion import PRIVATE_PAGE, SHARED_PAGE, TWICE
 from tdxlab.policy_results import AnyResult, ConversionResult
 from tdxlab.study.console_views import html_table
 from tdxlab.study.palette import (
