@@ -31,14 +31,10 @@ def shown_by(source: str, names: dict[str, Any]) -> str:
     return printed.getvalue() + ("" if value is None else repr(value))
 
 
-def run_all(path: Path, *, times: int = 1) -> Cells:
-    """Every cell in order, each `times` in a row -> what it shows at last."""
+def run_all(path: Path) -> Cells:
+    """Every cell in order -> what it shows."""
     names: dict[str, Any] = {}
-    shown = {}
-    for cell in code_cells(path):
-        for _ in range(times):
-            shown[cell.id] = shown_by(cell.source, names)
-    return shown
+    return {cell.id: shown_by(cell.source, names) for cell in code_cells(path)}
 
 
 def text_under(cell: NotebookNode) -> str:

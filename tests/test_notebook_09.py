@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from tdxlab.study.exercises import Variant
 from tdxlab.study.exercises_09 import EXERCISES
 from tdxlab.study.panel_slot import SlotPanel
 from tdxlab.study.slot_lab import DEFAULT, SlotLab
-from tests.notebook_cells import changed_among, changed_cells, code_cells, run_all
+from tests.notebook_cells import changed_among, code_cells
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "09-deleting-a-memslot.ipynb"
 WIDTHS = pytest.mark.parametrize("gpaw", [48, 52])
@@ -201,57 +200,12 @@ def test_an_answer_close_to_the_crossover_is_right() -> None:
     assert not check("09.7", right * 1.2)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_no_answer_is_no_mistake(number: str) -> None:
-    assert check(number, None).state == check(number, ...).state == "unanswered"
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_seeds_give_variants_and_each_is_reproducible(number: str) -> None:
-    questions = {variant(number, seed=seed).question for seed in range(8)}
-    assert len(questions) >= 4
-    assert variant(number, seed=3).question == variant(number, seed=3).question
-
-
 # -- the notebook's cells, run in this process
-
-
-_TABLES = ("kept_rows", "bill_rows", "huge_rows", "yield_rows", "level_rows", "beside_rows")
-_ONCE = {name: cache(getattr(slot_tables, name)) for name in _TABLES}
 
 
 @pytest.fixture(autouse=True)
 def _at_gpaw_48(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TDXLAB_GPAW", raising=False)
-
-
-@pytest.fixture
-def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tables that take longest are made once for all tests that damage nothing."""
-    for name, table in _ONCE.items():
-        monkeypatch.setattr(slot_tables, name, table)
-
-
-@pytest.mark.usefixtures("measured_once")
-def test_cells_show_what_is_saved() -> None:
-    assert changed_cells(PATH) == []
-
-
-@pytest.mark.usefixtures("measured_once")
-def test_cells_can_be_run_twice_and_solutions_are_right() -> None:
-    shown = run_all(PATH, times=2)
-    solutions = [text for name, text in shown.items() if name.endswith("-solution")]
-    assert len(solutions) == len(NUMBERS)
-    assert all("right" in text for text in solutions)
-
-
-def test_a_cell_is_short_and_solutions_are_tagged() -> None:
-    cells = code_cells(PATH)
-    lengths = sorted(len(cell.source.splitlines()) for cell in cells)
-    assert lengths[len(lengths) // 2] <= 2
-    assert lengths[-1] <= 9
-    tagged = {cell.id for cell in cells if "solution" in cell.metadata.get("tags", [])}
-    assert tagged == {f"exercise-{number[-1]}-solution" for number in NUMBERS}
 
 
 # -- damage is noticed

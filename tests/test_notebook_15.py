@@ -17,8 +17,8 @@ from tdxlab.policy import ZapHost, ZapPolicy
 from tdxlab.study import check, exercise, exercises, exercises_15, panel_policy, policy_tables
 from tdxlab.study.exercises_15 import CONVERSION_GOALS, EXERCISES, GOALS
 from tdxlab.study.panel_policy import PolicyPanel
-from tests.exercise_checks import bad_advice, different_questions, faults_of_check
-from tests.notebook_cells import changed_among, code_cells, run_all, saved
+from tests.exercise_checks import bad_advice, faults_of_check
+from tests.notebook_cells import changed_among
 
 PATH = Path(__file__).resolve().parent.parent / "notebooks" / "15-your-own-policy.ipynb"
 NUMBERS = [exercise.number for exercise in EXERCISES]
@@ -252,42 +252,6 @@ def test_every_goal_is_reached_by_its_solution_and_not_by_the_kernel() -> None:
     assert check("15.7", AllAtOnce)
     assert not check("15.7", Batches(8), seed=3)
     assert check("15.7", Patient, seed=1)
-
-
-@pytest.mark.usefixtures("runs_once")
-@pytest.mark.parametrize("number", NUMBERS)
-def test_no_answer_is_no_mistake(number: str) -> None:
-    assert check(number, None).state == check(number, ...).state == "unanswered"
-
-
-@pytest.mark.usefixtures("runs_once")
-@pytest.mark.parametrize("number", NUMBERS)
-def test_seeds_give_variants_and_each_is_reproducible(number: str) -> None:
-    assert different_questions(number) >= 4
-
-
-# -- the notebook's cells, run in this process
-
-
-@pytest.mark.usefixtures("runs_once")
-def test_cells_run_twice_show_what_is_saved_and_solutions_are_right(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("TDXLAB_GPAW", raising=False)
-    shown, kept = run_all(PATH, times=2), saved(PATH)
-    assert [name for name in kept if shown[name] != kept[name]] == []
-    solutions = [text for name, text in shown.items() if name.endswith("-solution")]
-    assert len(solutions) == len(NUMBERS)
-    assert all("right" in text for text in solutions)
-
-
-def test_a_cell_is_short_and_solutions_are_tagged() -> None:
-    cells = code_cells(PATH)
-    lengths = sorted(len(cell.source.splitlines()) for cell in cells)
-    assert lengths[len(lengths) // 2] <= 2
-    assert lengths[-1] <= 9
-    tagged = {cell.id for cell in cells if "solution" in cell.metadata.get("tags", [])}
-    assert tagged == {f"exercise-{number[-1]}-solution" for number in NUMBERS}
 
 
 # -- damage is noticed
