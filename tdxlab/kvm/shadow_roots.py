@@ -96,7 +96,7 @@ def kvm_mmu_free_roots(vcpu: ShadowVcpu, *, current: bool = True, previous: bool
 def kvm_mmu_free_obsolete_roots(vcpu: ShadowVcpu) -> Doing:
     """Give up what is obsolete; a root without a header always is."""
     vm = vcpu.vm
-    if vcpu.root.hpa != INVALID_PAGE and design_of(vm).is_obsolete(vcpu):
+    if design_of(vm).is_obsolete(vcpu):
         yield from kvm_mmu_free_roots(vcpu)
     if any(r.hpa != INVALID_PAGE and is_obsolete_sp(vm, vm.sps[r.hpa]) for r in vcpu.prev_roots):
         yield from kvm_mmu_free_roots(vcpu, current=False, previous=True)

@@ -11,7 +11,7 @@ from tdxlab.kvm.pae_rules import complaints
 from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.shadow import kvm_mmu_zap_all_fast, zap_page
 from tdxlab.kvm.shadow_params import AMD, INTEL, REVIEWED, RFC, ShadowParams, ShadowRole
-from tdxlab.kvm.shadow_roots import design_of, kvm_mmu_load, topup_caches
+from tdxlab.kvm.shadow_roots import design_of, kvm_mmu_free_roots, kvm_mmu_load, topup_caches
 from tdxlab.kvm.shadow_run import GUEST_FAULT, NO_MEMORY, OK, STUCK, destroy_vcpu, set_cr3, start
 from tdxlab.kvm.shadow_vm import NO_ROOT, ShadowVm
 from tdxlab.steps import run
@@ -248,3 +248,5 @@ def test_alloc_root_without_memory_behind_cr3_installs_the_dummy_root(design: st
     assert scene.vcpu.root.hpa == scene.vm.zero_page
     assert len(scene.vm.sps) == 0
     assert complaints(scene.vm) == []
+    run(kvm_mmu_free_roots(scene.vcpu))
+    assert scene.vcpu.root == NO_ROOT

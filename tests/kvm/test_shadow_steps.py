@@ -175,6 +175,7 @@ def test_sync_roots_takes_no_lock_where_nothing_can_be_out_of_sync(levels: int) 
 def test_free_roots_without_roots_takes_no_lock(design: str) -> None:
     scene = guest(design)
     assert labels(kvm_mmu_free_roots(scene.vcpu, previous=True)) == []
+    assert labels(kvm_mmu_free_obsolete_roots(scene.vcpu)) == []
 
 
 def test_free_roots_of_kept_roots_lets_the_present_one_stay() -> None:
