@@ -109,7 +109,7 @@ def kvm_mmu_new_pgd(vcpu: ShadowVcpu) -> Doing:
     that. Source: mmu.c, kvm_mmu_new_pgd and fast_pgd_switch.
     """
     vm = vcpu.vm
-    if vcpu.root.hpa != INVALID_PAGE and vm.root_sp(vcpu) is None:
+    if vm.root_sp(vcpu) is None:
         yield from kvm_mmu_free_roots(vcpu)
     if vcpu.root.hpa == INVALID_PAGE:
         _find_without_current(vcpu)

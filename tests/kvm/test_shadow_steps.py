@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from shadow_scene import RWU, Scene
 
+from tdxlab.kvm.pae_pdpte import X86_CR0_PG
 from tdxlab.kvm.pae_rules import complaints
 from tdxlab.kvm.shadow import (
     guest_store,
@@ -18,13 +19,14 @@ from tdxlab.kvm.shadow import (
 )
 from tdxlab.kvm.shadow_params import DESIGNS, REVIEWED, RFC, SPECIAL
 from tdxlab.kvm.shadow_roots import (
+    is_root_usable,
     kvm_mmu_free_obsolete_roots,
     kvm_mmu_free_roots,
     kvm_mmu_load,
     kvm_mmu_sync_roots,
 )
 from tdxlab.kvm.shadow_run import access, destroy_vcpu, set_cr3, store, vcpu_enter_guest
-from tdxlab.kvm.shadow_vm import LOAD_MMU_PGD, MMU_SYNC, NO_ROOT, TLB_FLUSH, ShadowVm
+from tdxlab.kvm.shadow_vm import LOAD_MMU_PGD, MMU_SYNC, NO_ROOT, TLB_FLUSH, Root, ShadowVm
 from tdxlab.steps import Operation, run
 
 ALL = pytest.mark.parametrize("design", DESIGNS)
@@ -215,6 +217,48 @@ def test_set_cr3_without_a_root_that_fits_asks_for_none_to_be_loaded() -> None:
     assert run(set_cr3(scene.vcpu, OTHER)) == "fine"
     assert scene.vcpu.requests == {MMU_SYNC, TLB_FLUSH}
     assert scene.vm.counts["roots_reused"] == 0
+
+
+@pytest.mark.parametrize("pdptes_in_key", [True, False])
+def test_set_cr3_finds_the_kept_root_of_a_pae_guest_whose_pdptes_are_the_same(
+    pdptes_in_key: bool,
+) -> None:
+    scene = Scene(3, cr3=FIRST, design=REVIEWED, pdptes_in_key=pdptes_in_key)
+    for top in (FIRST, OTHER):
+        scene.put(top, 1, 0x20001)
+    scene.turn_on()
+    for cr3 in (FIRST, OTHER, FIRST):
+        assert run(set_cr3(scene.vcpu, cr3)) == "fine"
+        scene.access(0)
+    assert scene.vm.counts["roots_reused"] == 1
+    assert scene.vm.counts["roots_built"] == 2
+
+
+def test_is_root_usable_asks_for_page_role_and_cr3() -> None:
+    scene = two_roots()
+    vcpu, kept = scene.vcpu, scene.vcpu.prev_roots[0]
+    assert is_root_usable(vcpu, vcpu.root)
+    assert not is_root_usable(vcpu, kept)
+    assert is_root_usable(vcpu, kept._replace(pgd=OTHER))
+    assert not is_root_usable(vcpu, Root(0x1234_5000, OTHER))
+    vcpu.cr0 ^= X86_CR0_PG
+    assert not is_root_usable(vcpu, vcpu.root)
+
+
+def test_set_cr3_gives_no_kept_root_up_when_there_is_no_present_one() -> None:
+    scene = two_roots()
+    for cr3 in (0x12000, 0x13000):
+        assert run(set_cr3(scene.vcpu, cr3)) == "fine"
+        scene.access(0)
+    kept = scene.vcpu.prev_roots
+    assert NO_ROOT not in kept
+    run(kvm_mmu_free_roots(scene.vcpu))
+    assert run(set_cr3(scene.vcpu, 0x14000)) == "fine"
+    assert scene.vcpu.prev_roots == kept
+    assert scene.vcpu.root == NO_ROOT
+    assert run(set_cr3(scene.vcpu, OTHER)) == "fine"
+    assert scene.vcpu.root == kept[1]
+    assert scene.vcpu.prev_roots == (kept[0], kept[2], NO_ROOT)
 
 
 def two_roots() -> Scene:
