@@ -46,7 +46,14 @@ from tdxlab.kvm.role import INVALID
 from tdxlab.kvm.roots import kvm_mmu_reload
 from tdxlab.kvm.slots import KVM_MEM_GUEST_MEMFD, KVM_MEM_READONLY, KVM_MEMSLOT_INVALID, Slot
 from tdxlab.kvm.tdp_mmu import kvm_tdp_mmu_map
-from tdxlab.kvm.vm import INVALID_PAGE, MemoryFault, Vcpu, Vm, pages_per_level
+from tdxlab.kvm.vm import (
+    INVALID_PAGE,
+    VCPU_STATS,
+    MemoryFault,
+    Vcpu,
+    Vm,
+    pages_per_level,
+)
 from tdxlab.steps import Step
 
 Doing = Generator[Step, None, int]
@@ -59,6 +66,8 @@ _STATS = {
     RET_PF_EMULATE: "pf_emulate",
     RET_PF_SPURIOUS: "pf_spurious",
 }
+#: Words of the statistics that nearly every fault adds to.
+_TAKEN, _FIXED = VCPU_STATS.index("pf_taken"), VCPU_STATS.index("pf_fixed")
 
 
 # -- from the exit to the handler
@@ -89,11 +98,12 @@ def kvm_mmu_page_fault(vcpu: Vcpu, gpa: int, error_code: int) -> Doing:
         gpa >> PAGE_SHIFT
     ):
         error_code |= PFERR_PRIVATE_ACCESS
-    vcpu.count("pf_taken")
+    stats = vcpu.stat_words
+    stats.cells[_TAKEN] = stats.view[_TAKEN] + 1
     fault = _make_fault(vm, gpa, error_code, False)
     ret = yield from kvm_tdp_mmu_page_fault(vcpu, fault)
     if ret == RET_PF_FIXED:
-        vcpu.count("pf_fixed")
+        stats.cells[_FIXED] = stats.view[_FIXED] + 1
         return ret
     if ret == RET_PF_EMULATE:
         ret = _emulate(vcpu, fault)
@@ -262,8 +272,8 @@ def kvm_mmu_faultin_pfn_private(vcpu: Vcpu, fault: PageFault, slot: Slot) -> int
     the file. Source: kvm_mmu_faultin_pfn_private, kvm_max_private_mapping_level. Differs: all
     guest_memfd pages are 4 KiB, as in Linux 6.16, so the vendor is not asked for its level.
     """
-    vm = vcpu.vm
-    if not slot.flags & KVM_MEM_GUEST_MEMFD:
+    vm, flags = vcpu.vm, slot.flags
+    if not flags & KVM_MEM_GUEST_MEMFD:
         kvm_mmu_prepare_memory_fault_exit(vcpu, fault)
         return -EFAULT
     pfn = vm.guest_memory.get_pfn(slot.gmem, slot.gmem_pgoff + fault.gfn - slot.base_gfn)
@@ -271,7 +281,7 @@ def kvm_mmu_faultin_pfn_private(vcpu: Vcpu, fault: PageFault, slot: Slot) -> int
         kvm_mmu_prepare_memory_fault_exit(vcpu, fault)
         return pfn
     fault.pfn = pfn
-    fault.map_writable = not slot.flags & KVM_MEM_READONLY
+    fault.map_writable = not flags & KVM_MEM_READONLY
     fault.max_level = 1
     return RET_PF_CONTINUE
 

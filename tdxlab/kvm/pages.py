@@ -113,25 +113,20 @@ class HostPages(Journalled):
             before = self.returned_before.view[hpa >> PAGE_SHIFT]
             self.last_returned = NO_PAGE if before == MASK64 else before
         else:
-            hpa = self._take_untouched()
-            if hpa == NO_PAGE:
-                return hpa
+            regions = self.regions
+            while self._region < len(regions):
+                region, used = regions[self._region], counts.view[_NEXT]
+                if used < region.size:
+                    break
+                self._region += 1
+                counts.cells[_NEXT] = 0
+            else:
+                return NO_PAGE
+            counts.cells[_NEXT] = used + PAGE_SIZE
+            hpa = region.base + used
         self.uses.cells[hpa >> PAGE_SHIFT] = self._numbers.get(use) or self._new_use(use)
         counts.cells[PAGES_OUT] = counts.view[PAGES_OUT] + 1
         return hpa
-
-    def _take_untouched(self) -> int:
-        """HPA of the next page that was never handed out, or NO_PAGE."""
-        counts, regions = self.counts, self.regions
-        while self._region < len(regions):
-            region = regions[self._region]
-            used = counts.view[_NEXT]
-            if used < region.size:
-                counts.cells[_NEXT] = used + PAGE_SIZE
-                return region.base + used
-            self._region += 1
-            counts.cells[_NEXT] = 0
-        return NO_PAGE
 
     def _new_use(self, use: str) -> int:
         """The number of a use that was not met yet."""

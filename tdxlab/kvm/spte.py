@@ -275,10 +275,14 @@ def make_spte(
     """A leaf SPTE for the page `pfn` in a table of `role`.
 
     access: ACC_* bits that the slot and the fault allow. prefetch: nobody accessed the page yet.
-    Source: spte.c, make_spte. Differs: dirty logging of the gfn is the caller's; nothing here
-    shadows guest tables, so no gfn is write-protected for that (the result "wrprot" is never true).
+    Source: spte.c, make_spte; vmx.c, vmx_get_mt_mask (its memory type). Differs: dirty logging of
+    the gfn is the caller's; nothing here shadows guest tables, so no gfn is write-protected for
+    that (the result "wrprot" is never true).
     """
-    spte = memory_type(vm, pfn)
+    if vm.is_mmio_pfn is not None and vm.is_mmio_pfn(pfn):
+        spte = MEMORY_TYPE_UC
+    else:
+        spte = MEMORY_TYPE_WB | (IGNORE_PAT_MASK if vm.config.ignore_guest_pat else 0)
     if not prefetch:
         spte |= ACCESSED_MASK
     if role & 0xF > 1:
@@ -293,13 +297,6 @@ def make_spte(
     if host_writable:
         spte |= _WRITABLE if access & ACC_WRITE_MASK else HOST_WRITABLE_MASK
     return mark_spte_for_access_track(spte) if prefetch else spte
-
-
-def memory_type(vm: Vm, pfn: int) -> int:
-    """The memory-type bits of a leaf. Source: vmx.c, vmx_get_mt_mask."""
-    if vm.is_mmio_pfn is not None and vm.is_mmio_pfn(pfn):
-        return MEMORY_TYPE_UC
-    return MEMORY_TYPE_WB | (IGNORE_PAT_MASK if vm.config.ignore_guest_pat else 0)
 
 
 def make_nonleaf_spte(vm: Vm, child_spt: int, *, ad_disabled: bool) -> int:

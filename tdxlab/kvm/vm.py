@@ -112,7 +112,7 @@ class Vcpu(Journalled):
     external_spt_cache: pages kept ready for a fault (struct kvm_mmu_memory_cache). mmio_gfn,
     mmio_gen: last gfn seen to be MMIO, and the memslots' generation then. cpu: LP on which it was
     loaded last, -1 before. mode: IN_GUEST_MODE from just before it enters until it has left.
-    srcu_index: its place among the readers of the memslots, -1 while it is none.
+    srcu_index: its place among the readers of the memslots, or -1. stat_words: of VCPU_STATS.
     """
 
     root_hpa = Field(INVALID_PAGE)
@@ -133,20 +133,20 @@ class Vcpu(Journalled):
         self.vcpu_id = vcpu_id
         self.fields = Fields(vm.journal, self)
         self.root_role = tdp_root_role(vm.config.root_level, ad_bits=vm.params.ad_bits)
-        self._stats = Row(vm.journal, len(VCPU_STATS))
+        self.stat_words = Row(vm.journal, len(VCPU_STATS))
 
     def __repr__(self) -> str:
         return f"vCPU {self.vcpu_id} of {self.vm!r}"
 
     def count(self, name: str) -> None:
         """Add one to a statistic of VCPU_STATS."""
-        word, stats = _VCPU_STAT_WORDS[name], self._stats
+        word, stats = _VCPU_STAT_WORDS[name], self.stat_words
         stats.cells[word] = stats.view[word] + 1
 
     @property
     def stats(self) -> dict[str, int]:
         """Name -> value of every statistic."""
-        return dict(zip(VCPU_STATS, self._stats.view, strict=True))
+        return dict(zip(VCPU_STATS, self.stat_words.view, strict=True))
 
     def make_request(self, request: str) -> None:
         """Source: kvm_host.h, kvm_make_request."""
