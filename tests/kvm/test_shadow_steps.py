@@ -234,6 +234,15 @@ def test_set_cr3_finds_the_kept_root_of_a_pae_guest_whose_pdptes_are_the_same(
     assert scene.vm.counts["roots_built"] == 2
 
 
+def test_set_cr3_keeps_a_direct_root_whatever_cr3_says() -> None:
+    scene = Scene(0, design=RFC)
+    scene.access(0x5000)
+    root = scene.vcpu.root
+    assert run(set_cr3(scene.vcpu, OTHER)) == "fine"
+    assert scene.vcpu.root == root
+    assert scene.vm.counts["roots_reused"] == 1
+
+
 def test_is_root_usable_asks_for_page_role_and_cr3() -> None:
     scene = two_roots()
     vcpu, kept = scene.vcpu, scene.vcpu.prev_roots[0]
