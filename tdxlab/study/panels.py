@@ -49,8 +49,11 @@ _WIDE = {"width": "100%", "max_width": "900px"}
 _TIGHT = "line-height:1.4"
 #: Where the focus is, told more strongly than by default; views are drawn for a light page.
 _STYLE = (
-    "<style>.tdxlab-panel :focus-visible{outline:2px solid #0072b2!important;outline-offset:1px}"
-    ".tdxlab-panel .tdxlab-view{background:#fff;color:#212121}</style>"
+    "<style>.tdxlab-panel :focus-visible,.tdxlab-panel .jupyter-widgets input:focus-visible"
+    "{outline:2px solid #0072b2!important;outline-offset:1px}"
+    ".tdxlab-panel .tdxlab-view{background:#fff;color:#212121}"
+    ".tdxlab-panel .tdxlab-view p"
+    "{margin:4px 0;padding-right:12px;line-height:1.4;box-sizing:border-box}</style>"
 )
 _DIGEST_DIGITS = 12
 
@@ -334,7 +337,8 @@ def _live(sentence: str) -> str:
 
 def _number_list(numbers: dict[str, int]) -> str:
     """The numbers in a row, each findable by its name."""
-    return " &nbsp; ".join(
-        f'<span>{escape(name)} <b data-number="{escape(name)}">{value}</b></span>'
+    return "".join(
+        '<span style="display:inline-block;margin-right:12px">'
+        f'{escape(name)} <b data-number="{escape(name)}">{value}</b></span>'
         for name, value in numbers.items()
     )
