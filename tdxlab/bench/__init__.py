@@ -4,7 +4,7 @@ A ratio above 1 means that the model is faster than `baseline.py` and, through K
 `baseline_mmu.py`. Both sides take turns, so that a machine that slows down slows both; the best of
 three rounds counts. Figures without a ratio are reported beside a goal and are never asserted.
 
-What a fault spends its time on (of 19 us): 7 in the module, 3 to find the page, 9 to lock, walk,
+What a fault spends its time on (of 17 us): 7 in the module, 3 to find the page, 7 to lock, walk,
 freeze, publish and count. Each of the eight generators that are suspended inside each other costs
 about 0.1 us to make and 0.03 us for every step that passes through it; a conversion, with nine
 steps a page, pays that most. Next come the words themselves: a `memoryview` item takes 0.03 us to

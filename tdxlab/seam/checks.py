@@ -306,9 +306,10 @@ def begin_mem(
     lock_page(call, tdr, OPERAND_ID_RDX, PT_TDR)  # as lock_tdr, called less deeply
     td = Td(memory, tdr)
     open_tdcs(call, td)
-    view, tdcs = memory.words.view, td.tdcs
+    words, tdcs = memory.words, td.tdcs
+    view, tree_lock = words.view, tdcs + _SEPT_LOCK
     eptp = view[tdcs + _EPTP]
-    sept_level = operand & _LEVEL_MASK  # from here on as page_info, called less deeply
+    sept_level = operand & _LEVEL_MASK  # from here on as page_info, then as lock_sept_tree
     gpa = operand - sept_level
     if highest is None:
         highest = eptp >> 3 & 7
@@ -316,7 +317,10 @@ def begin_mem(
         raise Refused(INVALID_RCX)
     if gpa >> 47 and not is_private_gpa(gpa, view[tdcs + _GPAW]):
         raise Refused(INVALID_RCX)
-    lock_sept_tree(call, td, exclusive)
+    take, release = _TREE_EXCLUSIVE if exclusive else _TREE_SHARED
+    if not take(words, tree_lock):
+        raise Refused(TDX_OPERAND_BUSY + OPERAND_ID_SEPT_TREE)
+    call.locks.append((release, words, tree_lock))
     place = sept.walk(memory, eptp, gpa, sept_level)
     if place.sept_level != sept_level:
         refuse_entry(TDX_EPT_WALK_FAILED + OPERAND_ID_RCX, place)
