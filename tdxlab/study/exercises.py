@@ -158,7 +158,7 @@ def _kind(answer: Any) -> str:
         (bool, "True or False"),
         (int, "a whole number"),
         (str, "a text"),
-        ((set, frozenset), "a set"),
+        ((set, frozenset), "a set in braces"),
         ((list, tuple), "a tuple or a list"),
     )
     return next((name for kind, name in kinds if isinstance(answer, kind)), type(answer).__name__)

@@ -141,8 +141,6 @@ def _refused(gpaw: int, seed: int) -> Variant:
         unknown = answered - set(letters)
         if unknown:
             return f"Answer with a set of letters a to e; {min(unknown)!r} is none of them."
-        if answered == right:
-            return "The right letters; give them as a set, in braces."
         odd = min(answered ^ right)
         gpa = letters[odd]
         return (
@@ -192,8 +190,6 @@ def _reached(gpaw: int, seed: int) -> Variant:
     right = {row.maxphyaddr for row in chosen if row.whole_walk == "reaches it"}
 
     def hint(given: Any) -> str:
-        if set(given) == right:
-            return "The right numbers; give them as a set, in braces."
         odd = min(set(given) ^ right, key=str)
         if odd not in {row.maxphyaddr for row in chosen}:
             return f"{odd!r} is none of the hosts asked for."

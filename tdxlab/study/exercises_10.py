@@ -137,8 +137,6 @@ def _legal(gpaw: int, seed: int) -> Variant:
             return (
                 f"{min(unknown)} is not among the leaves; give a set of names as they are written."
             )
-        if isinstance(given, list | tuple) and answered == right:
-            return "These are the right ones; write them as a set, in braces."
         wrong = answered - right
         if wrong:
             leaf = min(wrong)
@@ -209,8 +207,6 @@ def _reclaims(gpaw: int, seed: int) -> Variant:
 
     def hint(given: Any) -> str:
         answered = {str(role).strip() for role in given}
-        if isinstance(given, list | tuple) and answered == right:
-            return "These are the right ones; write them as a set, in braces."
         if len(answered) < len(right):
             return "One failure can cause a second one: what does the module ask of the last page?"
         return (
@@ -270,8 +266,6 @@ def _busy(gpaw: int, seed: int) -> Variant:
         unknown = answered - set(letters)
         if unknown:
             return f"{min(unknown)!r} is not among a to e; give a set of letters."
-        if isinstance(given, list | tuple) and answered == right:
-            return "These are the right ones; write them as a set, in braces."
         return (
             f"{len(answered - right)} too many, {len(right - answered)} missing. A reader is in "
             "the way of a lock that is taken exclusively, an owner in the way of any; a lock that "

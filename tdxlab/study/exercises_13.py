@@ -124,8 +124,6 @@ def _wrong(gpaw: int, seed: int) -> Variant:
     right = frozenset(wrong_answers(kind, WAYS[way]))
 
     def hint(given: Any) -> str:
-        if isinstance(given, list | tuple):
-            return "Write the names as a set, in braces."
         strange = [name for name in given if name not in VmFeatures._fields]
         if strange:
             return f"Questions are {', '.join(VmFeatures._fields)}."

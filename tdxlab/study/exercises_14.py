@@ -49,8 +49,6 @@ def _refused(gpaw: int, seed: int) -> Variant:
     )
 
     def hint(given: Any) -> str:
-        if isinstance(given, list | tuple):
-            return "Write the numbers as a set, in braces."
         strange = [place for place in given if place not in range(1, 6)]
         if strange:
             return "Give a set of numbers from 1 to 5, the places in the list."
