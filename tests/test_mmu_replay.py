@@ -6,12 +6,10 @@ Real traces are cut short behind the step that matters, then damaged in one plac
 from __future__ import annotations
 
 import copy
-import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from errno import EINVAL, ENOENT, EOPNOTSUPP
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +33,16 @@ from tdxlab.mmu_conformance.rig import (
 from tdxlab.mmu_conformance.run import MmuTraceRun
 from tdxlab.recorded import TraceError
 from tdxlab.replay import command, replay
+from tests import trace_cuts
+from tests.trace_cuts import Pick, Trace
 
 DATA = Path(__file__).parent.parent / "data" / "conformance"
 TRACES = DATA / "tdp_mmu"
 
-Trace = dict[str, Any]
-Pick = Callable[[dict[str, Any]], bool]
-
-
-@cache
-def _read(name: str) -> str:
-    return gzip.decompress((TRACES / f"{name}.json.gz").read_bytes()).decode()
-
 
 def load(name: str, until: Pick | None = None) -> tuple[Trace, dict[str, Any]]:
-    """A recorded trace, and the step that the trace is cut behind: the first that `until` picks."""
-    trace = json.loads(_read(name))
-    if until is None:
-        return trace, trace["steps"][-1]
-    end = next(i for i, step in enumerate(trace["steps"]) if until(step))
-    del trace["steps"][end + 1 :]
-    return trace, trace["steps"][end]
+    """As `trace_cuts.load`, by name."""
+    return trace_cuts.load(TRACES / f"{name}.json.gz", until)
 
 
 def mismatches(trace: Trace) -> dict[int, list[str]]:

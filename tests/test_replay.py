@@ -10,7 +10,6 @@ import gzip
 import io
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,15 @@ import pytest
 
 from tdxlab.bare import BareMachine
 from tdxlab.replay import command, replay
+from tests import trace_cuts
+from tests.trace_cuts import Pick, Trace
 
 TRACES = Path(__file__).parent.parent / "data" / "conformance" / "tdx_module"
 
-Trace = dict[str, Any]
-Pick = Callable[[dict[str, Any]], bool]
-
-
-@cache
-def _read(name: str) -> str:
-    return gzip.decompress((TRACES / f"{name}.json.gz").read_bytes()).decode()
-
 
 def load(name: str, until: Pick | None = None) -> tuple[Trace, dict[str, Any]]:
-    """A recorded trace, and the step that the trace is cut behind: the first that `until` picks."""
-    trace = json.loads(_read(name))
-    if until is None:
-        return trace, trace["steps"][-1]
-    end = next(i for i, step in enumerate(trace["steps"]) if until(step))
-    del trace["steps"][end + 1 :]
-    trace.pop("final_state", None)
-    return trace, trace["steps"][end]
+    """As `trace_cuts.load`, by name."""
+    return trace_cuts.load(TRACES / f"{name}.json.gz", until)
 
 
 def is_guest_event(result: str) -> Pick:
