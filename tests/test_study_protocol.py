@@ -11,6 +11,7 @@ import pytest
 from tdxlab.breaks import broken
 from tdxlab.crew import Actor, Fault
 from tdxlab.explore import Exploration, explore
+from tdxlab.invariants import Watch
 from tdxlab.journal import Table
 from tdxlab.kvm.page_fault import RET_PF_FIXED, RET_PF_RETRY, RET_PF_SPURIOUS
 from tdxlab.steps import WAIT, Operation
@@ -73,21 +74,17 @@ def machine_states(
     seen = set()
 
     def check(ended: bool) -> Fault | None:
-        fault = race.check(ended)
+        fault = watched.check(ended)
         if fault is None:
             rows, who = lab.entries(), tuple(places.get(n, START) for n in range(vcpus))
             seen.add((tuple(r.mirror for r in rows), tuple(r.external for r in rows), who))
         return fault
 
     actors = [told(actor, number, places) for number, actor in enumerate(race.actors)]
-    with broken(rule.value) if rule is not Rule.ALL else nullcontext():
-        found = explore(
-            actors,
-            race.machine.journal,
-            check,
-            ignored=race.counters,
-            locks=[*race.locks, places],
-        )
+    turned_off = broken(rule.value) if rule is not Rule.ALL else nullcontext()
+    with closing(Watch(race.machine)) as watch, turned_off:
+        watched, locks = race._replace(watch=watch), [*race.locks, places]
+        found = explore(actors, race.machine.journal, check, ignored=race.counters, locks=locks)
     return found, frozenset(seen)
 
 
