@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import os
 import secrets
@@ -128,7 +129,11 @@ def wants_browser(environment: Mapping[str, str], platform: str = sys.platform) 
 
 
 def _wait_until_it_answers(server: Server) -> None:
-    """Poll the server until it answers; LabError if it ends or stays silent for a minute."""
+    """Poll the server until it answers; LabError if it ends or stays silent for a minute.
+
+    A port that nobody listens on yet may answer with our own words: on one of those that the
+    operating system gives to clients, a connection can meet itself.
+    """
     address = f"http://{HOST}:{server.port}/api?token={server.token}"
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
@@ -137,7 +142,7 @@ def _wait_until_it_answers(server: Server) -> None:
         try:
             with urllib.request.urlopen(address, timeout=5):
                 return
-        except (urllib.error.URLError, OSError):
+        except (urllib.error.URLError, http.client.HTTPException, OSError):
             time.sleep(0.1)
     raise LabError(f"JupyterLab did not answer on port {server.port} in {START_SECONDS} seconds")
 

@@ -1,10 +1,13 @@
 """The command `tdxlab`: its help, its complaints, its port, its browser."""
 
+import http.client
 import os
 import socket
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -135,6 +138,21 @@ def test_free_port_refuses_when_all_are_taken(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(lab, "PORTS_TRIED", 1)
         with pytest.raises(lab.LabError, match="--port"):
             lab.free_port(taken.getsockname()[1])
+
+
+def test_lab_waits_on_when_the_port_answers_with_something_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problems = [http.client.BadStatusLine("GET /api HTTP/1.1"), ConnectionRefusedError()]
+
+    def urlopen(_address: str, timeout: int) -> AbstractContextManager[None]:
+        if problems:
+            raise problems.pop()
+        return nullcontext()
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    lab._wait_until_it_answers(lab.Server(Mock(poll=lambda: None), 8888, "token"))
+    assert problems == []
 
 
 def test_lab_says_what_to_install_without_jupyterlab(

@@ -44,7 +44,8 @@ def lab_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (folder / "work").mkdir()
     nbformat.write(_plain_notebook(), folder / "work" / PLAIN)
     command = [sys.executable, "-m", "tdxlab", "lab", "--no-browser", "--dir", "work"]
-    command += ["--port", str(lab.free_port(20_000 + os.getpid() % 20_000))]
+    # Below the ports that the operating system gives to clients, which come and go.
+    command += ["--port", str(lab.free_port(20_000 + os.getpid() % 12_000))]
     with running_lab(command, os.environ | private_jupyter(folder), folder) as running:
         yield running.url
 
