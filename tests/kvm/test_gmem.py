@@ -56,6 +56,15 @@ def test_create_wants_whole_pages_and_no_flags(size, flags, ret):
     assert SlotScene(KVM_X86_TDX_VM).files.create(size, flags) == ret
 
 
+def test_create_gives_a_number_again_after_a_rewind():
+    scene = td()
+    mark = scene.vm.journal.mark()
+    first = scene.files.create(0x1000)
+    assert scene.files.create(0x1000) == first + 1
+    scene.vm.journal.rewind(mark)
+    assert scene.files.create(0x2000) == first
+
+
 def test_get_pfn_gives_the_same_page_again_zeroed_once():
     scene = td()
     pfn = scene.files.get_pfn(scene.gmem, 8)

@@ -85,6 +85,19 @@ def test_a_waiter_that_is_given_up_waits_no_more(lock: MmuLock) -> None:
     assert lock.waiting == 0
 
 
+def test_a_rewind_takes_back_who_holds_the_lock_and_who_waits() -> None:
+    journal = Journal()
+    lock = MmuLock(journal)
+    free = journal.digest()
+    mark = journal.mark()
+    run(lock.lock(WRITE))
+    waiter = lock.lock(READ)
+    assert [next(waiter), next(waiter)][1] == (WAIT, "mmu_lock", READ)
+    assert (lock.written, lock.waiting) == (True, 1)
+    journal.rewind(mark)
+    assert (lock.written, lock.waiting, journal.digest()) == (False, 0, free)
+
+
 def test_schedule_shows_what_a_thread_waits_for(lock: MmuLock) -> None:
     schedule = Schedule([section(lock, WRITE, []), section(lock, READ, [])])
     for number in (0, 0, 1, 1):
