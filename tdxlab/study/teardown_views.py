@@ -37,7 +37,7 @@ from tdxlab.study.teardown_lab import (
 )
 from tdxlab.study.teardown_tables import CostRow, OrderRow, TimeRow
 
-_TILE, _STEP, _LEFT, _TOP, _COLUMNS = 13, 14, 70, 6, 24
+_TILE, _STEP, _LEFT, _TOP, _COLUMNS = 13, 14, 74, 6, 24
 
 #: What the host has of a page -> its look.
 HOST_LOOKS = {
