@@ -120,8 +120,8 @@ class HeaderRoot:
     def sync(self, vcpu: ShadowVcpu) -> None:
         """The pages below the root."""
         sp = vcpu.vm.root_sp(vcpu)
-        if sp is not None:
-            sync_children(vcpu, sp)
+        assert sp is not None
+        sync_children(vcpu, sp)
 
     def is_obsolete(self, vcpu: ShadowVcpu) -> bool:
         """As the header says; a dummy root has none. Source: mmu.c, is_obsolete_root."""

@@ -68,14 +68,9 @@ class SpecialRoot:
 
     def destroy(self, vcpu: ShadowVcpu) -> None:
         """Give the special pages back. Source: mmu.c, free_mmu_pages."""
-        vm = vcpu.vm
-        if vcpu.pae_root != NO_PAGE and vm.params.use != NESTED:
-            free_pae_root_page(vm, vcpu.pae_root)
-        elif vcpu.pae_root != NO_PAGE:
-            vm.pages.free_page(vcpu.pae_root)
-        for hpa in (vcpu.pml4_root, vcpu.pml5_root):
+        for hpa in (vcpu.pae_root, vcpu.pml4_root, vcpu.pml5_root):
             if hpa != NO_PAGE:
-                vm.pages.free_page(hpa)
+                free_pae_root_page(vcpu.vm, hpa)
         vcpu.pae_root = vcpu.pml4_root = vcpu.pml5_root = NO_PAGE
 
     def topup(self, vcpu: ShadowVcpu) -> Work:

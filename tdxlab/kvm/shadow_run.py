@@ -203,8 +203,8 @@ def _require_va(va: int) -> None:
 
 
 def load_pdptrs(vcpu: ShadowVcpu, cr3: int) -> Generator[Step, None, bool]:
-    """Read and check the guest's four PDPTEs. False: #GP. If they have changed, the present root is
-    given up. Source: x86.c, load_pdptrs.
+    """Read and check the four PDPTEs of a guest without TDP. False: #GP. If they have changed, the
+    present root is given up. Source: x86.c, load_pdptrs.
     """
     vm = vcpu.vm
     read = [read_pdpte(vm, cr3, index) for index in range(PDPTES)]
@@ -212,7 +212,7 @@ def load_pdptrs(vcpu: ShadowVcpu, cr3: int) -> Generator[Step, None, bool]:
     pdptes = tuple(pdpte for pdpte in read if pdpte is not None)
     if len(pdptes) < PDPTES or not is_legal_table(pdptes, vm.params.maxphyaddr):
         return False
-    if pdptes != vcpu.pdptrs and not vm.params.tdp_enabled:
+    if pdptes != vcpu.pdptrs:
         yield from kvm_mmu_free_roots(vcpu)
     vcpu.pdptrs = pdptes
     return True

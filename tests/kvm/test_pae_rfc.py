@@ -144,6 +144,30 @@ def test_zap_page_of_a_root_in_use_frees_it_with_its_last_reference(design: str)
     assert complaints(scene.vm) == []
 
 
+@DESIGNS
+def test_alloc_root_while_paging_is_off_does_not_look_at_cr3(design: str) -> None:
+    scene = Scene(0, design=design, cr3=0x7000_0000)
+    scene.turn_on()
+    assert slots(scene) == ()
+    assert scene.access(0x5000).kind == OK
+    root = scene.vm.root_sp(scene.vcpu)
+    assert root is not None
+    assert (root.gfn, root.pdptes) == (0, ())
+
+
+@DESIGNS
+def test_alloc_root_has_pdptes_in_the_key_of_a_pae_guest_only(design: str) -> None:
+    for levels, pdptes in ((2, ()), (3, (0x2001, 0, 0, 0))):
+        scene = Scene(levels, cr3=0x9000, design=design)
+        scene.vm.write_guest(0x9000, 0x2001, 8)
+        scene.turn_on()
+        scene.vcpu.pdptrs = (0x2001, 0, 0, 0)
+        assert run(kvm_mmu_load(scene.vcpu)) == 0
+        root = scene.vm.root_sp(scene.vcpu)
+        assert root is not None
+        assert (root.gfn, root.pdptes) == (9, pdptes)
+
+
 # -- what the key must tell apart
 
 

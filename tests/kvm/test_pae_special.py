@@ -81,6 +81,13 @@ def test_alloc_root_maps_four_gibibytes_directly_while_paging_is_off() -> None:
     assert scene.access(0x5123).hpa == scene.vm.map.guest.base + 0x5123
 
 
+def test_alloc_root_while_paging_is_off_does_not_look_at_cr3() -> None:
+    scene = Scene(0, cr3=0x7000_0000)
+    scene.turn_on()
+    assert scene.access(0x5123).hpa == scene.vm.map.guest.base + 0x5123
+    assert scene.vcpu.root.hpa == scene.vcpu.pae_root
+
+
 @pytest.mark.parametrize("params", [{}, {"vendor": AMD, "c_bit": 45}])
 def test_alloc_root_without_memory_behind_cr3_installs_the_dummy_root(
     params: dict[str, object],

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from shadow_scene import RWU, Scene
 
+from tdxlab.kvm.pae_cpu import GP
 from tdxlab.kvm.pae_rules import complaints
 from tdxlab.kvm.page_fault import RET_PF_FIXED, RET_PF_RETRY
+from tdxlab.kvm.pages import NO_PAGE
 from tdxlab.kvm.shadow import (
     guest_store,
     kvm_mmu_invalidate_addr,
@@ -16,9 +18,9 @@ from tdxlab.kvm.shadow import (
     shadow_leaf,
     zap_page,
 )
-from tdxlab.kvm.shadow_pages import is_obsolete_sp, shadowing
+from tdxlab.kvm.shadow_pages import free_page_cache, is_obsolete_sp, shadowing
 from tdxlab.kvm.shadow_params import AMD, DESIGNS, NESTED, RFC, SPECIAL
-from tdxlab.kvm.shadow_run import EMULATED, GUEST_FAULT, OK, set_cr3, store
+from tdxlab.kvm.shadow_run import EMULATED, GUEST_FAULT, NO_MEMORY, OK, set_cr3, store
 from tdxlab.steps import run
 
 ALL = pytest.mark.parametrize("design", DESIGNS)
@@ -208,6 +210,50 @@ def test_store_changes_the_guests_memory_whoever_makes_it(entry: int, kind: str)
     assert run(store(scene.vcpu, 0x3100, 0x1234, 4)).kind == kind
     assert scene.vm.read_guest(entry + 0x100, 4) == 0x1234
     assert not scene.vm.mmu_lock.written
+
+
+def test_store_that_faults_changes_nothing_and_one_that_hits_needs_no_kvm() -> None:
+    scene = mapped()
+    assert run(store(scene.vcpu, 0x9000, 0x1234, 4)).kind == GUEST_FAULT
+    scene.access(0x3000, write=True)
+    before = scene.vm.counts
+    assert run(store(scene.vcpu, 0x3000, 0x1234, 4)) == (OK, scene.vm.map.guest.base + 0x5000, 0, 0)
+    assert rise(scene, before, "write_tracked", "pf_taken") == [0, 0]
+
+
+def test_access_without_memory_for_tables_is_told_so() -> None:
+    scene = mapped()
+    scene.access(0x3000)
+    while scene.vm.pages.alloc_page("somebody else's") != NO_PAGE:
+        pass
+    free_page_cache(scene.vcpu)
+    while scene.vm.pages.alloc_page("somebody else's") != NO_PAGE:
+        pass
+    assert scene.access(0x4000).kind == NO_MEMORY
+    assert scene.access(0x3000).kind == OK
+
+
+def test_set_cr3_to_pdptes_without_memory_is_gp() -> None:
+    scene = Scene(3, cr3=0x9020)
+    scene.turn_on()
+    assert run(set_cr3(scene.vcpu, 0x7000_0000)) == GP
+    assert scene.vcpu.cr3 == 0x9020
+
+
+def test_l1s_pdptes_are_checked_neither_with_cr3_nor_with_cr4() -> None:
+    scene = Scene(3, cr3=0x9000, vendor=AMD, use=NESTED)
+    scene.put(0x9000, 0, 0x2003)
+    scene.turn_on()
+    assert run(set_cr3(scene.vcpu, 0x9000)) == "fine"
+    assert scene.vm.counts["pdptes_checked"] == 0
+
+
+def test_l2_uses_l1s_entries_as_a_user_would() -> None:
+    scene = Scene(2, cr3=DIRECTORY, vendor=AMD, use=NESTED)
+    scene.put(DIRECTORY, 0, TABLE | RWU)
+    scene.put(TABLE, 3, 0x5003)
+    scene.turn_on()
+    assert scene.access(0x3000, user=False).kind == GUEST_FAULT
 
 
 def test_set_cr3_counts_the_pdptes_that_it_checks() -> None:
