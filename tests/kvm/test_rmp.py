@@ -295,7 +295,7 @@ def test_pre_fault_works_when_the_launch_has_ended() -> None:
     with pytest.raises(IoctlError, match="EINVAL: the launch has ended already"):
         vm.launch_finish()
     vm.destroy()
-    with pytest.raises(IoctlError, match="EBADF: .* was destroyed"):
+    with pytest.raises(IoctlError, match=r"EBADF: .* was destroyed"):
         vm.launch_finish()
 
 
