@@ -21,7 +21,8 @@ from tdxlab.seam.rules import PT_TDR
 from tdxlab.seam.td import Td, Tdcs
 from tdxlab.steps import Operation, run
 
-#: With two vCPUs every scenario; with three those that are explored in a moment.
+#: With two vCPUs every scenario; with three those that are explored in a moment
+#: (`test_races_of_three.py` has the others).
 AFFORDABLE = [
     *((name, 2) for name in SCENARIOS),
     ("same-page", 3),
