@@ -89,7 +89,7 @@ def run(
     lower-case letters.
     Refuses what is no policy, an unknown workload, another GPAW: ValueError.
     """
-    policy, workload = own(policy), _loaded(workload)
+    policy, workload = own(policy), loaded(workload)
     bench: Bench
     if isinstance(policy, ZapPolicy):
         bench = ZapBench(policy, workload, gpaw, seed, watch)
@@ -113,7 +113,7 @@ def kernels_own(workload: Workload | str, *, gpaw: int = 48, seed: int = 1) -> d
     """Leaf -> calls that KVM's own code makes in a workload, without any policy: those of the zaps,
     and at the TD's end the write-back of its TDR. Arguments as for `run`.
     """
-    workload = _loaded(workload)
+    workload = loaded(workload)
     bench = Bench(workload, gpaw, seed)
     for event in workload.events:
         bench.play(event)
@@ -146,7 +146,7 @@ def leaderboard(
     return standings(results)
 
 
-def _loaded(workload: Workload | str) -> Workload:
+def loaded(workload: Workload | str) -> Workload:
     """A workload, or the one of that name. Refuses what is none: ValueError."""
     if isinstance(workload, str):
         return workloads.load(workload)

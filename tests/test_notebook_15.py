@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tdxlab import policy, policy_bench, policy_run
+from tdxlab import policy, policy_bench, policy_run, workloads
 from tdxlab.conversion import ConversionPolicy, ConvertingVmm, Request
 from tdxlab.conversions import AsQemu, OneTooMany, PreFaults
 from tdxlab.policies import AllAtOnce, Batches, ForgetsOne, KernelPolicy, Patient
@@ -139,6 +139,17 @@ def test_a_readers_policy_goes_before_one_of_the_same_name() -> None:
     assert panel.policy.options[0] == ("zap: kernel", "kernel")
     panel.run.click()
     assert panel.board["kernel", "boot"].track == 4
+
+
+def test_panel_says_how_far_a_run_has_come(
+    panel: PolicyPanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(panel, "say", said.append)
+    panel.workload.value = "steady"
+    panel.run.click()
+    events = len(workloads.load("steady").events)
+    assert said[-1] == f"kernel runs in steady: {events - 1} of {events} events done."
 
 
 def test_panel_counts_conversions_and_shows_their_memory(panel: PolicyPanel) -> None:

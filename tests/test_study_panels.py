@@ -75,6 +75,18 @@ def test_buttons_move_the_tape_and_the_slider(panel: Counter) -> None:
     assert panel.scrub.max == len(panel.tape)
 
 
+def test_say_shows_a_sentence_until_the_action_is_over(panel: Counter) -> None:
+    def act() -> None:
+        panel.say("1 < 2 of 3 done")
+        said.append(panel._sentence.value)
+
+    said: list[str] = []
+    before = panel._sentence.value
+    panel.button("Work", "tdxlab-work", act).click()
+    assert ["1 &lt; 2 of 3 done" in sentence for sentence in said] == [True]
+    assert panel._sentence.value == before
+
+
 def test_the_slider_is_within_its_bounds_after_each_message(
     panel: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,12 @@ def test_record_adds_calls_up() -> None:
     ]
 
 
+def test_record_says_how_far_it_has_come() -> None:
+    told: list[tuple[int, int]] = []
+    record(AllAtOnce(), ONE, progress=lambda done, events: told.append((done, events)))
+    assert told == [(0, 2), (1, 2)]
+
+
 def test_record_shows_pages_below_a_closed_table() -> None:
     tape = PolicyTape(record(RegionOnly(), tables.one_zap(mapped=2)))
     tape.seek(len(tape))

@@ -146,8 +146,12 @@ class PolicyPanel(Panel):
     # -- what the buttons do
 
     def _run(self) -> None:
-        policy = self._policies[self.policy.value]
-        recording = record(policy, self.workload.value, gpaw=self._gpaw)
+        policy, workload = self._policies[self.policy.value], self.workload.value
+
+        def progress(done: int, events: int) -> None:
+            self.say(f"{policy.title} runs in {workload}: {done} of {events} events done.")
+
+        recording = record(policy, workload, gpaw=self._gpaw, progress=progress)
         self._enter(recording.result)
         self.tape = PolicyTape(recording)
         self.tape.seek(len(self.tape))

@@ -164,6 +164,10 @@ class Panel:
         if self._canvas is not None:
             self._image.value = self.png()
 
+    def say(self, sentence: str) -> None:
+        """Say how far a long action has come; the panel's own sentence is back when it is over."""
+        self._sentence.value = _live(sentence)
+
     # -- moving along the tape
 
     def _go_back(self) -> None:

@@ -9,7 +9,7 @@ The run itself is over by then. Position k is what the first k frames have chang
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from tdxlab import policy_run, views
@@ -79,10 +79,25 @@ class Recording(NamedTuple):
     frames: tuple[Frame, ...]
 
 
-def record(policy: Given, workload: Workload | str, *, gpaw: int = 48, seed: int = 1) -> Recording:
-    """Run and record; arguments and refusals as for `policy_run.run`."""
-    recorder = _Recorder()
-    result = policy_run.run(policy, workload, gpaw=gpaw, seed=seed, watch=recorder.see)
+def record(
+    policy: Given,
+    workload: Workload | str,
+    *,
+    gpaw: int = 48,
+    seed: int = 1,
+    progress: Callable[[int, int], object] | None = None,
+) -> Recording:
+    """Run and record. progress: told (events done, in all) whenever an event begins. All else, and
+    refusals, as for `policy_run.run`.
+    """
+    recorder, events = _Recorder(), len(policy_run.loaded(workload).events)
+
+    def see(td: Td, op: Op, tally: Tally | ConversionTally) -> None:
+        recorder.see(td, op, tally)
+        if progress is not None and recorder.frames[-1].is_event:
+            progress(recorder.frames[-1].event - 1, events)
+
+    result = policy_run.run(policy, workload, gpaw=gpaw, seed=seed, watch=see)
     recorder.end()
     return Recording(result.workload, result, tuple(recorder.frames))
 
