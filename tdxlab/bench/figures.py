@@ -184,13 +184,17 @@ def step_back() -> str:
 
 
 def protocol_speed() -> str:
-    """Moves that the exploration of the small protocol makes, states and schedules counted."""
+    """Moves that the exploration of the small protocol makes, states and schedules counted; in the
+    quickest of five.
+    """
     from tdxlab.study.protocol import PROTOCOLS
     from tdxlab.study.protocol_search import explore
 
-    start = time.process_time()
-    found = explore(PROTOCOLS["hook-failure"](3))
-    each = found.transitions / (time.process_time() - start) / 1e6
+    def moves_a_second() -> float:
+        start = time.process_time()
+        return explore(PROTOCOLS["hook-failure"](3)).transitions / (time.process_time() - start)
+
+    each = max(moves_a_second() for _ in range(5)) / 1e6
     return f"protocol explored             {each:8.2f} million transitions a second (goal >= 0.2)"
 
 
