@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from typing import Any
 
 import pytest
@@ -285,15 +284,6 @@ def test_bars_show_tables_and_entries_of_the_three_trees(lived: LifePanel) -> No
             assert widths == [row[column] for row in rows if row.tree == tree]
             assert (container.patches[0].get_hatch() or "") == TREE_LOOKS[tree].hatch
     assert left.get_xlabel() == "tables: M mirror, X external, D direct"
-
-
-def test_a_redraw_is_quick(lived: LifePanel) -> None:
-    best = 1.0
-    for _ in range(3):
-        start = time.process_time()
-        lived.draw()
-        best = min(best, time.process_time() - start)
-    assert best < 0.1
 
 
 # -- the exercises
