@@ -163,7 +163,7 @@ def own(policy: Given) -> AnyPolicy:
             return policy()
         if isinstance(policy, AnyPolicy):
             return copy.deepcopy(policy)
-    except Exception as mistake:
+    except Exception as mistake:  # a reader's own __init__ may raise anything
         what = f"{type(mistake).__name__}: {mistake}"
         raise ValueError(f"{policy!r} cannot be made anew for a run: {what}") from None
     raise ValueError(

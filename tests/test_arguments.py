@@ -1,4 +1,7 @@
-"""Arguments of the wrong kind are refused by their names, before anything is done."""
+"""Arguments of the wrong kind are refused by their names, before anything is done.
+
+What is given here is of the wrong kind on purpose: hence `type: ignore`.
+"""
 
 from __future__ import annotations
 
@@ -60,6 +63,7 @@ def test_checked_refuses_what_the_annotation_does_not_name(
     positional: tuple[Any, ...], named: dict[str, Any], words: str
 ) -> None:
     asked = Asked()
+    # The whole text is compared below, not matched.
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         asked.of_all_kinds(*positional, **named)
     assert str(caught.value) == words

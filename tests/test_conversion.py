@@ -252,6 +252,7 @@ def test_a_page_that_was_accepted_and_not_used_yet_must_not_be_taken() -> None:
 def test_a_bare_except_does_not_hide_that_a_page_in_use_was_taken() -> None:
     def convert(vmm: ConvertingVmm, request: Request) -> None:
         while True:
+            # A reader's bare except, which suppress() is not.
             try:  # noqa: SIM105
                 share(vmm, 513, 1)
             except:  # noqa: E722
@@ -306,6 +307,7 @@ def test_an_exception_is_told_with_its_line_and_a_bare_except_holds_nothing_back
     assert "has no `convert`; write one" in broken(ConversionPolicy()).explanation
 
     def hides(vmm: ConvertingVmm, request: Request) -> None:
+        # A reader's bare except, which suppress() is not.
         try:  # noqa: SIM105
             vmm.punch(0, 0)
         except:  # noqa: E722

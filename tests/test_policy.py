@@ -267,6 +267,7 @@ def test_a_policy_cannot_go_on_after_a_rule_is_broken() -> None:
 def test_a_bare_except_holds_nothing_back() -> None:
     def loops(host: ZapHost, pages: Sequence[int]) -> None:
         while True:
+            # A reader's bare except, which suppress() is not.
             try:  # noqa: SIM105
                 host.block(pages[0])
             except:  # noqa: E722
@@ -274,6 +275,7 @@ def test_a_bare_except_holds_nothing_back() -> None:
 
     def hides(host: ZapHost, pages: Sequence[int]) -> None:
         AllAtOnce().zap(host, pages)
+        # A reader's bare except, which suppress() is not.
         try:  # noqa: SIM105
             host.remove(pages[0])
         except:  # noqa: E722

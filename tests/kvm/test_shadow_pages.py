@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from errno import ENOMEM
+from typing import Any
 
 import pytest
 from shadow_scene import RWU, Scene, small_map
@@ -33,9 +34,9 @@ ALL = pytest.mark.parametrize("design", DESIGNS)
 DIRECTORY, TABLE = 0x2000, 0x3000
 
 
-def mapped(*, used: bool = True, **params: object) -> Scene:
+def mapped(*, used: bool = True, **params: Any) -> Scene:
     """A guest whose address 0x3000 is mapped, and used."""
-    scene = Scene(2, cr3=DIRECTORY, **params)  # type: ignore[arg-type]
+    scene = Scene(2, cr3=DIRECTORY, **params)
     scene.put(DIRECTORY, 0, TABLE | RWU)
     scene.put(TABLE, 3, 0x5000 | RWU)
     scene.turn_on()
@@ -255,8 +256,8 @@ def test_sync_children_flushes_when_a_mapping_of_the_table_is_protected() -> Non
 
 
 @pytest.mark.parametrize("params", [{}, {"vendor": AMD, "c_bit": 45}])
-def test_guest_memory_is_zero_at_the_beginning(params: dict[str, object]) -> None:
-    vm = Scene(2, **params).vm  # type: ignore[arg-type]
+def test_guest_memory_is_zero_at_the_beginning(params: dict[str, Any]) -> None:
+    vm = Scene(2, **params).vm
     assert {vm.read_guest(gpa, 8) for gpa in (0, 0x1000, 0x5FF8)} == {0}
     assert vm.cpu_read(0, vm.zero_page) == 0
 
@@ -349,9 +350,9 @@ def test_write_protect_gfn_says_whether_a_leaf_could_write() -> None:
     ],
 )
 def test_destroy_vcpu_encrypts_again_what_was_decrypted(
-    params: dict[str, object], encrypted: int
+    params: dict[str, Any], encrypted: int
 ) -> None:
-    scene = Scene(0, **params)  # type: ignore[arg-type]
+    scene = Scene(0, **params)
     run(destroy_vcpu(scene.vcpu))
     assert scene.vm.counts["encrypted"] == scene.vm.counts["decrypted"] == encrypted
 
